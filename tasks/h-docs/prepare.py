@@ -1,0 +1,77 @@
+"""Pages of text, clean and dirtied: the text is of real reviews, the dirt of real photographs.
+
+Pages are drawn with Pillow's bundled font, then shaded and stained by crops of photographs,
+blurred and made noisy. Test pages also meet photographs that no training page has.
+"""
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from tasks import build
+
+HEIGHT, WIDTH = 48, 128  # pixels of a page
+TRAIN_PAGES, TEST_PAGES = 12, 8
+SIZES = (10, 11, 12, 14)  # of the font, in pixels
+PHOTOS = {"train": ("gravel", "grass", "brick"), "test": ("gravel", "grass", "coffee", "moon")}
+
+
+def clean_page(text, size):
+    """A page [HEIGHT, WIDTH] uint8: black letters on white."""
+    page = Image.new("L", (WIDTH, HEIGHT), 255)
+    font, draw, line = ImageFont.load_default(size), ImageDraw.Draw(page), ""
+    lines = []
+    for word in text.split():
+        if draw.textlength(f"{line} {word}", font=font) > WIDTH - 8 and line:
+            lines, line = [*lines, line], word
+        else:
+            line = f"{line} {word}".strip()
+    for number, line in enumerate([*lines, line]):
+        draw.text((4, 2 + number * (size + 2)), line, fill=0, font=font)
+    return np.asarray(page)
+
+
+def dirty_page(page, photo, rng):
+    """The page as a bad scan [HEIGHT, WIDTH] uint8."""
+    row = rng.integers(0, photo.shape[0] - HEIGHT)
+    column = rng.integers(0, photo.shape[1] - WIDTH)
+    stain = photo[row : row + HEIGHT, column : column + WIDTH] / 255
+    stain = (stain - stain.min()) / (np.ptp(stain) + 1e-6)
+    shade = np.linspace(rng.uniform(0.6, 1), rng.uniform(0.6, 1), WIDTH)
+    paper = (1 - rng.uniform(0.3, 0.6) * (1 - stain)) * shade
+    ink = rng.uniform(0.1, 0.35)
+    blurred = Image.fromarray(page).filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 0.8))))
+    letters = np.asarray(blurred) / 255
+    scan = paper * letters + ink * (1 - letters) + rng.normal(0, 0.03, page.shape)
+    return np.round(np.clip(scan, 0, 1) * 255).astype(np.uint8)
+
+
+def prepare(raw, public, private):
+    rng = np.random.default_rng(0)
+    texts = build.read_table(raw, "modeldata/tate_text")["title"].str.encode("ascii", "ignore")
+    texts = texts.str.decode("ascii").sample(400, random_state=0).tolist()
+    tables, images = {}, {}
+    for part, count in (("train", TRAIN_PAGES), ("test", TEST_PAGES)):
+        clean, dirty = [], []
+        for number in range(count):
+            text = " ".join(texts.pop() for _ in range(8))
+            name = PHOTOS[part][number % len(PHOTOS[part])]
+            photo = Image.open(raw / "skimage/data" / f"{name}.png").convert("L")
+            clean.append(clean_page(text, SIZES[number % len(SIZES)]))
+            dirty.append(dirty_page(clean[-1], np.asarray(photo), rng))
+        tables[part] = pd.DataFrame({"white": (np.array(clean).ravel() / 255).round(3)})
+        images[part] = np.array(dirty)
+    page = np.repeat(np.arange(TEST_PAGES), HEIGHT * WIDTH)
+    build.write(
+        public,
+        private,
+        train=tables["train"],
+        test=tables["test"],
+        target="white",
+        metric="rmse",
+        images=(images["train"], images["test"]),
+        part=np.where(page // len(PHOTOS["test"]) % 2 == 0, "reward", "eval"),
+        group=page,
+        ordered=True,
+        rows=len(tables["train"]),
+    )

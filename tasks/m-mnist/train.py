@@ -1,0 +1,13 @@
+import numpy as np
+from helper import load, submit, tune, validate
+X, y, X_test = load()
+# data
+X, X_test = X.reshape(-1, 784) / 255, X_test.reshape(-1, 784) / 255
+# model
+from sklearn.ensemble import RandomForestClassifier
+model = RandomForestClassifier(20, random_state=0)
+# learning
+model = tune(model, max_depth=4)
+# submission
+validate(model, X, y)
+submit(model, X, y, X_test)

@@ -1,0 +1,200 @@
+"""Measure a task: its starter, every idea alone, and the best combination of ideas.
+
+    python -m tasks measure m-ames            # prints what it finds
+    python -m tasks measure m-ames --write    # and puts it into task.yaml and ideas.yaml
+
+This is where initial_score, best_score, noise and every idea's note come from. All runs go through
+the sandbox with the task's limits, exactly like an agent's experiments.
+"""
+
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import sandbox
+import tasks
+from tasks.metrics import METRICS
+
+BOOTSTRAP_ROUNDS = 400
+MIN_STEP = 0.25  # a combination grows only by ideas that add this many standard errors
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a script: its scores by part (None unless it ran and was scored)."""
+
+    reason: str  # ok, or why there is no score: the sandbox's word, or bad_submission
+    scores: dict | None
+    seconds: float
+    output: str
+    submission: bytes | None = None
+
+
+def run(task: tasks.Task, script: str, pool) -> Run:
+    """Run a train.py in a fresh workspace and score what it wrote."""
+    task.require_prepared()
+    workspace = Path(tempfile.mkdtemp(prefix="measure."))
+    try:
+        for name, text in (task.helpers() | {"train.py": script}).items():
+            (workspace / name).write_text(text)
+        result = pool.submit(
+            ["python", "train.py"],
+            workspace,
+            limits=sandbox.Limits(**task.limits),
+            read_only=((task.public, "data"),),
+        ).result()
+        output = result.stdout + result.stderr
+        if result.reason != "ok":
+            return Run(result.reason, None, result.wall_s, output)
+        try:
+            submission = sandbox.safe_read(
+                workspace, "submission.csv", tasks.MAX_SUBMISSION_BYTES
+            )
+            scores = {part: task.score(submission, part) for part in tasks.PARTS}
+        except (sandbox.SubmissionError, tasks.InvalidSubmission) as error:
+            return Run("bad_submission", None, result.wall_s, output + str(error))
+        return Run("ok", scores, result.wall_s, output, submission)
+    finally:
+        shutil.rmtree(workspace)
+
+
+def new_pool():
+    """One worker: times are worth more than speed here."""
+    return sandbox.Pool(1, preload=tasks.PRELOAD)
+
+
+def check(task: tasks.Task, pool) -> str | None:
+    """None when data, starter and scores are in order, else what is wrong, in one line."""
+    task.require_prepared()
+    for name, digest in task.manifest()["files"].items():
+        path = tasks.DATA / task.name / name
+        if not path.exists() or tasks.sha256(path) != digest:
+            return f"{path} has changed; run: python -m tasks prepare {task.name}"
+    starter = run(task, task.sources()["train.py"], pool)
+    if starter.scores is None:
+        last = starter.output.strip().splitlines()[-1:]
+        return f"the starter gives no score ({starter.reason}) {' '.join(last)}"
+    for part, expected in task.initial_score.items():
+        if abs(starter.scores[part] - expected) > task.noise / 2:
+            return f"the starter scores {starter.scores[part]:.5g} on {part}, not {expected:.5g}"
+    return None
+
+
+def standard_error(task: tasks.Task, submission: bytes, seed: int = 0) -> float:
+    """Bootstrap standard error of a submission's score: rows, or whole groups, drawn anew."""
+    truth, predictions, answers = tasks.aligned(task, submission)
+    metric, rng = METRICS[task.metric].function, np.random.default_rng(seed)
+    groups = np.arange(len(truth)) if answers.groups is None else answers.groups
+    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    scores = []
+    for _ in range(BOOTSTRAP_ROUNDS):
+        drawn = rng.integers(0, len(members), len(members))
+        rows = np.concatenate([members[i] for i in drawn])
+        scores.append(metric(truth[rows], predictions[rows]))
+    return float(np.std(scores))
+
+
+def note(task: tasks.Task, starter: Run, idea: Run, noise: float) -> str:
+    """What an idea does alone: it has to beat the noise to count as better or worse."""
+    if idea.scores is None:
+        return "times_out" if idea.reason in ("wall", "cpu") else "crashes"
+    change = idea.scores["all"] - starter.scores["all"]
+    if abs(change) <= noise:
+        return "neutral"
+    return "improves" if task.better(idea.scores["all"], starter.scores["all"]) else "hurts"
+
+
+def combine(task: tasks.Task, script: str, ideas: list, alone: dict, noise: float, pool, log):
+    """Greedy search over one idea a block; returns (texts, script, run) of the best combination.
+
+    In each round every idea is tried on the script so far, and the best change is kept.
+    """
+    best = {"texts": {}, "script": script, "run": alone[None]}
+    while True:
+        candidate = None
+        for idea in ideas:
+            if alone[idea.text].scores is None or best["texts"].get(idea.block) == idea.text:
+                continue
+            edited = tasks.apply_block(best["script"], idea.block, idea.code)
+            tried = run(task, edited, pool)
+            if tried.scores is None:
+                continue
+            if candidate is None or task.better(tried.scores["all"], candidate[1].scores["all"]):
+                candidate = (idea, tried, edited)
+        sign = -1 if task.lower_is_better else 1
+        step = sign * (candidate[1].scores["all"] - best["run"].scores["all"])
+        if step < MIN_STEP * noise:
+            return best
+        idea, tried, edited = candidate
+        best = {
+            "texts": best["texts"] | {idea.block: idea.text},
+            "script": edited,
+            "run": tried,
+        }
+        log(f"  + {idea.text}: {tried.scores['all']:.5g} ({tried.seconds:.2f} s)")
+
+
+def measure(name: str, pool, combinations: bool = True, log=print) -> dict:
+    """Everything measured about a task, as a dict; `write` stores it."""
+    task = tasks.load(name)
+    script, ideas = task.sources()["train.py"], task.ideas()
+    starter = run(task, script, pool)
+    if starter.scores is None:
+        raise tasks.TaskError(f"{name}: the starter fails ({starter.reason}): {starter.output}")
+    noise = standard_error(task, starter.submission)
+    log(f"{name}: starter {starter.scores['all']:.5g} +- {noise:.2g} ({starter.seconds:.2f} s)")
+    alone = {None: starter}
+    for idea in ideas:
+        alone[idea.text] = run(task, tasks.apply_block(script, idea.block, idea.code), pool)
+    best = {"texts": {}, "script": script, "run": starter}
+    if combinations:
+        best = combine(task, script, ideas, alone, noise, pool, log)
+        noise = standard_error(task, best["run"].submission)
+    notes = {i.text: note(task, starter, alone[i.text], noise) for i in ideas}
+    for axis in tasks.AXES:
+        log(f"  {axis}")
+        for idea in ideas:
+            if idea.axis == axis:
+                log(f"    {notes[idea.text]:<10}{_figures(alone[idea.text])}  {idea.text}")
+    final = best["run"].scores["all"]
+    log(f"  best {final:.5g} +- {noise:.2g}: {' + '.join(best['texts'].values())}")
+    return {
+        "starter": starter,
+        "alone": alone,
+        "notes": notes,
+        "best": best,
+        "noise": noise,
+    }
+
+
+def write(name: str, found: dict) -> None:
+    """Put measured values into task.yaml (four lines) and ideas.yaml (its `notes`)."""
+    directory = tasks.load(name).dir
+    initial, final = found["starter"].scores, found["best"]["run"].scores["all"]
+    parts = ", ".join(f"{part}: {initial[part]:.5g}" for part in tasks.PARTS)
+    texts = " + ".join(found["best"]["texts"].values())
+    text = (directory / "task.yaml").read_text()
+    for key, value in {
+        "initial_score": f"{{{parts}}}",
+        "best_score": f"{final:.5g}",
+        "best_source": f'"measured, on all answers: {texts}"',
+        "noise": f"{found['noise']:.2g}",
+    }.items():
+        text, count = re.subn(rf"(?m)^{key}:.*$", f"{key}: {value}", text)
+        assert count == 1, f"{directory}/task.yaml must have one line '{key}:'"
+    (directory / "task.yaml").write_text(text)
+    lines = ["notes:  # alone on the starter: python -m tasks measure " + name]
+    for idea, word in found["notes"].items():
+        lines.append(f"  {idea}: {word}  # {_figures(found['alone'][idea]).strip()}")
+    ideas = (directory / "ideas.yaml").read_text().split("\nnotes:")[0].rstrip("\n")
+    (directory / "ideas.yaml").write_text(ideas + "\n\n" + "\n".join(lines) + "\n")
+
+
+def _figures(run: Run) -> str:
+    if run.scores is None:
+        return f"{run.reason:>10} {run.seconds:6.2f} s"
+    return f"{run.scores['all']:10.5g} {run.seconds:6.2f} s"
