@@ -1,16 +1,16 @@
 """Processes, FSDP2 and checkpoints. Every collective of the repository is in this file.
 
-    python train_rl.py ...                             one process: plain modules, no process group, nothing to set up
-    torchrun --nproc_per_node 8 train_rl.py ...        one process per GPU (gloo on a machine without)
-    torchrun --nnodes 2 ... train_rl.py ...            the same over nodes; checkpoints need a shared file system
+    python train_rl.py ...                         one process: plain modules, no process group
+    torchrun --nproc_per_node 8 train_rl.py ...    one process per GPU (on CPU too, for tests)
+    torchrun --nnodes 2 ... train_rl.py ...        the same over nodes that share a file system
 
-A collective is a call that every rank must make, the same ones in the same order, whatever its data: never return
-early or skip a step on one rank alone. The functions that are collectives say so. Three habits keep ranks in step:
-a rank without work still takes part (masked dummy rows, zeros), the number of micro-batches is made equal with
-all_reduce_max, and a rollout runs under `gathered`, where nothing communicates.
+A COLLECTIVE is a call that every rank makes, in the same order, whatever its data: a rank that returns
+early, or skips one, leaves the others waiting. What keeps ranks in step here: a rank without work still
+takes part, with masked rows and zeros; the number of micro-batches is made equal (all_reduce_max); and a
+rollout, whose length nobody can know, runs under `gathered`, where nothing communicates.
 
-A hang: a collective that waits longer than `timeout_minutes` ends the run with an error. To see where a process is,
-`kill -USR1 PID` prints the stack of all its threads.
+When a run hangs, `kill -USR1 PID` prints the stack of every thread of a process, and a collective that
+waits longer than `timeout_minutes` ends the run with an error.
 """
 
 import contextlib
@@ -33,6 +33,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
+class CheckpointError(ValueError):
+    """This run cannot resume from that directory. The message is one line for the user."""
+
+
 @dataclass(frozen=True)
 class Dist:
     """Who this process is."""
@@ -47,28 +51,27 @@ class Dist:
         return self.rank == 0
 
 
-def init(device=None, timeout_minutes=60):
-    """Join the process group that torchrun announces, or be alone. device: None picks CUDA when there is one.
+def init(device=None, timeout_minutes=60.0):
+    """Join the processes that torchrun started, or be alone. device None: CUDA when there is one.
 
-    timeout_minutes bounds every collective, so it must exceed the longest that one rank ever works alone: a rollout
-    whose experiments are slow on this rank only.
+    timeout_minutes bounds every collective. It must exceed what one rank may ever do while the others
+    wait, such as a rollout whose experiments are slow on that rank only.
     """
-    if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
-    world, rank, local = (int(os.environ.get(k, d)) for k, d in
-                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
-    if world > 1 and not td.is_initialized():
+    if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         td.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     return Dist(rank, world, local, device)
 
 
 def close():
-    """Leave the process group; harmless without one."""
+    """Leave the process group, at the end of a script."""
     if td.is_initialized():
         td.destroy_process_group()
 
@@ -87,16 +90,11 @@ def print0(*args, **kwargs):
         print(*args, **kwargs, flush=True)
 
 
-# ---- small collectives -----------------------------------------------------------------------------------------------
-
-
-def barrier():
-    """COLLECTIVE. Wait until every rank is here."""
-    all_reduce_sum(torch.zeros(1))
+# ---- small collectives -------------------------------------------------------------------------------------
 
 
 def all_reduce_sum(tensor):
-    """COLLECTIVE. The sum over ranks, a new tensor; shape, dtype and device must agree."""
+    """COLLECTIVE. The sum over ranks, a new tensor. Shapes, dtypes and devices must agree."""
     return _all_reduce(tensor, td.ReduceOp.SUM)
 
 
@@ -112,8 +110,13 @@ def _all_reduce(tensor, op):
     return tensor
 
 
+def barrier():
+    """COLLECTIVE. Wait until every rank is here."""
+    all_reduce_sum(torch.zeros(1))
+
+
 def broadcast_object(value):
-    """COLLECTIVE. Rank 0's value (anything that pickles), on every rank."""
+    """COLLECTIVE. Rank 0's value, anything that pickles, on every rank."""
     box = [value]
     if td.is_initialized():
         td.broadcast_object_list(box)
@@ -121,7 +124,7 @@ def broadcast_object(value):
 
 
 def gather_objects(value):
-    """COLLECTIVE. Every rank's value, in rank order, on every rank."""
+    """COLLECTIVE. The list of every rank's value, in rank order, on every rank."""
     boxes = [value] * world()
     if td.is_initialized():
         td.all_gather_object(boxes, value)
@@ -130,55 +133,57 @@ def gather_objects(value):
 
 @contextlib.contextmanager
 def graceful_stop():
-    """Let a training loop stop between two steps:
+    """Lets a loop stop between two steps, on all ranks at the same one:
 
         with dist.graceful_stop() as stop_requested:
             for step in ...:
                 ...
-                if signum := stop_requested():      # COLLECTIVE: one call per step, on every rank
-                    save, then leave
+                if signum := stop_requested():  # COLLECTIVE: once a step
+                    save, then sys.exit(128 + signum)
 
-    The first Ctrl-C or SIGTERM only sets a flag; the value is that signal's number as soon as ANY rank got one, else 0.
-    A second one, more than 3 s later (torchrun forwards what the terminal has sent already), interrupts at once.
-    torchrun kills its workers 30 s after the signal, saved or not.
+    The first Ctrl-C or SIGTERM sets a flag; stop_requested() is that signal's number as soon as any rank
+    has it, else 0. A second one, 3 s later or more (torchrun repeats the terminal's Ctrl-C), stops at
+    once. torchrun kills its workers 30 s after a signal, saved or not.
     """
-    first = []  # [(signal number, time)]
+    first = []  # [(signal's number, when)]
 
     def handler(signum, frame):
         if not first:
             first.append((signum, time.monotonic()))
-            print0(f"\n{signal.Signals(signum).name}: stopping after this step; again to stop at once")
+            if rank() == 0:  # os.write: a handler may have interrupted a print
+                name = signal.Signals(signum).name
+                os.write(2, f"\n{name}: stopping after this step; again to stop at once\n".encode())
         elif time.monotonic() - first[0][1] > 3:
             raise KeyboardInterrupt
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: int(all_reduce_max(torch.tensor(first[0][0] if first else 0)))
     finally:
-        for s, old in before.items():
-            signal.signal(s, old)
+        for signum, old in before.items():
+            signal.signal(signum, old)
 
 
-# ---- FSDP2 -----------------------------------------------------------------------------------------------------------
+# ---- FSDP2 -------------------------------------------------------------------------------------------------
 
 
 def shard(model, param_dtype=torch.bfloat16):
-    """COLLECTIVE. Shard parameters, gradients and optimiser state over all ranks, in place; a no-op for one process.
+    """COLLECTIVE. Split parameters, gradients and optimiser state over all ranks, in place. For one
+    process a no-op. Create the optimiser afterwards.
 
-    One unit per block of `model.layers` (or `model.trunk.layers`) and one for the rest, so that a tied embedding and
-    its output head stay together. Parameters keep their dtype (fp32 masters); compute is in param_dtype, gradients are
-    reduced in fp32 and SUMMED over ranks, not averaged: divide the loss by global counts. Create the optimiser after.
-    Always call `model(...)`, never a submodule or `model.forward`: the hooks that gather parameters sit there.
+    One unit for each block of `model.layers` (or `model.trunk.layers`), one for all the rest, so that a
+    tied embedding and head stay together. Parameters keep their dtype (fp32 masters), compute is in
+    param_dtype, gradients are reduced in fp32 and SUMMED over ranks: divide losses by global counts.
+    Call model(...), never a submodule or model.forward: the hooks that gather parameters sit there.
     """
-    if world() == 1:
-        return model
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    for block in getattr(model, "trunk", model).layers:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
-    for module in _units(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    if world() > 1:
+        policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+        for block in getattr(model, "trunk", model).layers:
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        for unit in _units(model):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
     return model
 
 
@@ -188,46 +193,45 @@ def _units(model):
 
 @contextlib.contextmanager
 def gathered(model):
-    """COLLECTIVE on entry. Parameters stay whole (in the compute dtype) for a rollout, under no_grad; inside, forwards
-    communicate with nobody, so ranks may run different numbers of them. Sharded again on exit.
+    """COLLECTIVE on entry only. Keeps the parameters whole, in the compute dtype, under no_grad: inside,
+    a forward communicates with nobody, and each rank may run as many as it likes.
 
-    no_grad, not inference_mode: parameters gathered under the latter could never be trained again.
+    (Parameters gathered under inference_mode could not be trained any more.)
     """
     with torch.no_grad():
-        for module in _units(model):
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()  # not recursive: the root's alone would leave the blocks sharded
+        for unit in _units(model):
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()  # this unit's own parameters only, hence the loop
         try:
             yield model
         finally:
-            for module in _units(model):
-                module.reshard()
-                module.set_reshard_after_forward(module is not model, recurse=False)  # the default
+            for unit in _units(model):
+                unit.set_reshard_after_forward(unit is not model, recurse=False)  # as fully_shard sets it
+                unit.reshard()
 
 
 def clip_grad_norm(params, max_norm):
-    """COLLECTIVE. Scale the gradients so that their global L2 norm is at most max_norm; returns the norm before, a
-    float. Not finite means that the caller must not step."""
-    params = list(params)
-    assert world() == 1 or all(isinstance(p, DTensor) for p in params), "shard the model first"
-    grads = [_local(p.grad) for p in params if p.grad is not None]
-    squares = torch.zeros((), dtype=torch.float64, device=_local(params[0]).device)
-    for grad in grads:
-        squares += grad.double().square().sum()
-    norm = float(all_reduce_sum(squares).sqrt())
-    if norm > max_norm:
+    """COLLECTIVE. Scales gradients to a global L2 norm of at most max_norm; returns the norm before, a
+    float. When that is not finite, gradients are left alone and the caller must not step.
+    """
+    params = [p for p in params if p.grad is not None]
+    assert world() == 1 or all(isinstance(p, DTensor) for p in params), "shard() the model first"
+    grads = [_local(p.grad) for p in params]
+    squares = sum((g.double().square().sum() for g in grads), torch.zeros((), dtype=torch.float64))
+    norm = float(all_reduce_sum(squares.cpu()).sqrt())
+    if max_norm < norm < float("inf"):
         torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
     return norm
 
 
 def _local(tensor):
-    """This rank's slice, sharing memory."""
+    """This rank's slice; it shares memory with the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def full_state_dict(model):
-    """COLLECTIVE. The whole state dict on rank 0's CPU, tensor by tensor; {} on the other ranks."""
+    """COLLECTIVE. The whole state dict on rank 0, on CPU, gathered one tensor at a time; elsewhere {}."""
     full = {}
     for name, tensor in model.state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -236,15 +240,17 @@ def full_state_dict(model):
     return full
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(path, models, optimizers, extra, export=None):
-    """COLLECTIVE. Write the directory `path`, complete or not at all (written beside, synced, renamed).
+    """COLLECTIVE. Writes the directory `path` whole or not at all: beside it, synced, then renamed.
 
-    models {name: module} and optimizers {name: optimizer}: each rank writes its own slices, as they are in memory.
-    extra: this rank's further state, plain values and tensors. The random generators of torch, CUDA, numpy and Python
-    come along. export(directory), called on every rank, may add files of its own, such as a Hugging Face model.
+    models       {name: module}, and optimizers {name: optimizer}: every rank writes its own slices as
+                 they are in memory, to rank_R.pt
+    extra        plain values and tensors of this rank, to be had back from load_checkpoint
+    export       export(directory), called on every rank, may add files (a Hugging Face model)
+    The random generators of torch, CUDA, numpy and Python are saved along.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -252,12 +258,12 @@ def save_checkpoint(path, models, optimizers, extra, export=None):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
-    if export is not None:
+    if export:
         export(temporary)
     state = {
-        "models": {k: {n: _local(t) for n, t in m.state_dict().items()} for k, m in models.items()},
-        "optimizers": {name: _optimizer_state(o) for name, o in optimizers.items()},
-        "rng": _rng_state(),
+        "models": {name: _slices(model.state_dict()) for name, model in models.items()},
+        "optimizers": {name: _slices(optim.state_dict()) for name, optim in optimizers.items()},
+        "random": _random_state(),
         "extra": extra,
     }
     torch.save(state, temporary / f"rank_{rank()}.pt")
@@ -265,93 +271,86 @@ def save_checkpoint(path, models, optimizers, extra, export=None):
     barrier()
     if rank() == 0:
         (temporary / "checkpoint.json").write_text(json.dumps({"world": world()}))
-        for file in temporary.rglob("*"):
+        for file in [*temporary.rglob("*"), temporary]:
             _fsync(file)
-        if path.exists():
-            shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
         _fsync(path.parent)
     barrier()
 
 
 def load_checkpoint(path, models, optimizers):
-    """Continue from `path`, bit for bit: fills models and optimizers in place, sets the random generators and returns
-    `extra`. Call it after shard() and after the optimisers are made.
+    """Fills models and optimizers in place, sets the random generators, returns `extra`: the run goes on
+    bit for bit. Call it after shard() and after creating the optimisers.
 
-    Raises ValueError when the checkpoint is missing, is another world size's, or is of other models.
+    Raises CheckpointError for a checkpoint that is incomplete, of other models, or of another world size.
     """
     path = Path(path)
     if not (path / "checkpoint.json").exists():
-        raise ValueError(f"{path} holds no complete checkpoint")
+        raise CheckpointError(f"{path} is no complete checkpoint")
     saved = json.loads((path / "checkpoint.json").read_text())["world"]
     if saved != world():
-        raise ValueError(f"{path} was saved by {saved} processes and this run has {world()}: "
-                         f"resume with --nproc_per_node {saved}, or start a new run from its weights")  # fmt: skip
+        hint = "resume with as many, or start a new run from its weights"
+        raise CheckpointError(f"{path} was saved by {saved} process(es), this run has {world()}: {hint}")
     state = torch.load(path / f"rank_{rank()}.pt", map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for name, model in models.items():
-            ours, theirs = model.state_dict(), state["models"].get(name, {})
-            differ = sorted(ours.keys() ^ theirs.keys()) or [
-                key for key in ours if _local(ours[key]).shape != theirs[key].shape
-            ]
-            if differ:
-                raise ValueError(f"{path}: {name!r} is another model there; they differ in {differ[0]}")
-            for key, tensor in ours.items():
-                _local(tensor).copy_(theirs[key])
+    for name, model in models.items():
+        ours, theirs = _slices(model.state_dict()), state["models"].get(name, {})
+        differ = sorted(ours.keys() ^ theirs.keys())
+        differ += [key for key in ours.keys() & theirs.keys() if ours[key].shape != theirs[key].shape]
+        if differ:
+            raise CheckpointError(f"{path}: the model {name!r} is another one there: {differ[0]} differs")
+        for key, tensor in ours.items():
+            tensor.copy_(theirs[key])
     for name, optimizer in optimizers.items():
-        _load_optimizer(optimizer, state["optimizers"][name])
-    _set_rng_state(state["rng"])
+        optimizer.load_state_dict(_unslice(state["optimizers"][name], optimizer))
+    _set_random_state(state["random"])
     return state["extra"]
 
 
 def find_latest(directory):
-    """The newest complete `step_N` in the directory, a Path, or None."""
-    steps = [p for p in Path(directory).glob("step_*")
-             if re.fullmatch(r"step_\d+", p.name) and (p / "checkpoint.json").exists()]  # fmt: skip
-    return max(steps, key=lambda p: int(p.name[5:]), default=None)
+    """The complete `step_N` with the largest N in a directory: a Path, or None."""
+    found = [path for path in Path(directory).glob("step_*") if (path / "checkpoint.json").exists()]
+    found = [path for path in found if re.fullmatch(r"step_\d+", path.name)]
+    return max(found, key=lambda path: int(path.name.removeprefix("step_")), default=None)
 
 
-def _optimizer_state(optimizer):
-    state = optimizer.state_dict()
-    state["state"] = {i: {k: _local(v) if torch.is_tensor(v) else v for k, v in entry.items()}
-                      for i, entry in state["state"].items()}  # fmt: skip
-    return state
+def _slices(state):
+    """A state dict with this rank's slices in place of sharded tensors; memory is shared."""
+    if isinstance(state, dict):
+        return {key: _slices(value) for key, value in state.items()}
+    return _local(state.detach()) if torch.is_tensor(state) else state
 
 
-def _load_optimizer(optimizer, state):
-    """The reverse of _optimizer_state: a slice that belongs to a sharded parameter is sharded like it."""
+def _unslice(state, optimizer):
+    """The reverse, for an optimiser: what has the shape of its parameter's slice is sharded alike."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, entry in state["state"].items():
         p = params[index]
         for key, value in entry.items():
-            if isinstance(p, DTensor) and torch.is_tensor(value) and value.shape == p.to_local().shape and key != "step":
-                entry[key] = DTensor.from_local(value.to(p.device), p.device_mesh, p.placements, run_check=False,
+            if isinstance(p, DTensor) and key != "step":
+                assert value.shape == p.to_local().shape
+                entry[key] = DTensor.from_local(value.to(p.device), p.device_mesh, p.placements,
                                                 shape=p.shape, stride=p.stride())  # fmt: skip
-    optimizer.load_state_dict(state)
+    return state
 
 
-def _rng_state():
+def _random_state():
     name, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [name, keys.tolist(), *rest],
-        "python": random.getstate(),
-    }
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(),
+            "numpy": [name, keys.tolist(), *rest]}  # fmt: skip
 
 
-def _set_rng_state(state):
+def _set_random_state(state):
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    np.random.set_state(tuple(state["numpy"]))
     random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
 
 
 def _fsync(path):
-    """Push a file, or a directory's entries, to the disk."""
+    """Pushes a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -15,8 +15,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -168,7 +166,7 @@ class Environment:
         temporary.replace(path)  # atomic: a killed run leaves no half entry
 
     def _run(self, task: "tasks.Task", files: dict, script: str) -> Experiment:
-        workspace = Path(tempfile.mkdtemp(prefix="sbx-work-"))
+        workspace = sandbox.new_workspace()
         try:
             for name, text in {**files, **task.helpers()}.items():
                 path = workspace / name
@@ -197,7 +195,7 @@ class Environment:
                 return Experiment(Outcome.BAD_SUBMISSION, output, {}, result.wall_s)
             return Experiment(Outcome.OK_EDIT, output, scores, result.wall_s)
         finally:
-            shutil.rmtree(workspace, ignore_errors=True)
+            sandbox.remove(workspace)
 
     def submit(self, state: State, reply: str, truncated: bool = False) -> "Future[Transition]":
         """`transition` on a thread, so that experiments overlap each other and generation."""

@@ -20,15 +20,16 @@ biases outside q, k and v, quantised weights, dropout.
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_PER_CHUNK = 2**26  # fp32 logits held at once while scoring tokens: 256 MiB, and as much again for gradients
@@ -518,4 +519,152 @@ def read_config(path: str | Path) -> ModelConfig:
     """The configuration of a checkpoint, with the end-of-sequence ids of generation_config.json added."""
     path = find_checkpoint(path)
     config = ModelConfig.from_hf(json.loads((path / "config.json").read_text()))
-    ...
+    extra = path / "generation_config.json"
+    more = json.loads(extra.read_text()).get("eos_token_id") if extra.is_file() else None
+    more = more if isinstance(more, list) else [] if more is None else [more]
+    return replace(config, eos_ids=tuple(dict.fromkeys([*config.eos_ids, *more])))
+
+
+def weight_files(path: Path) -> dict[str, Path]:
+    """{Hugging Face tensor name: file}, from the index of a checkpoint in several files, or from its only one."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    single = path / "model.safetensors"
+    if not single.is_file():
+        raise ValueError(f"{path} holds no model.safetensors (older .bin checkpoints: save them with transformers)")
+    with safe_open(single, "pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill a model from a checkpoint directory. Of a sharded (DTensor) parameter only this rank's rows are read.
+
+    Raises ValueError naming the first parameter that the checkpoint lacks or has in another shape.
+    """
+    files = weight_files(find_checkpoint(path))
+    by_file: dict[Path, list] = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("value_head."):
+            continue
+        hf = hf_name(name)
+        if hf not in files:
+            raise ValueError(f"{path}: the checkpoint has no tensor {hf}")
+        by_file.setdefault(files[hf], []).append((hf, parameter))
+    for file, wanted in by_file.items():
+        with safe_open(file, "pt") as opened:
+            for hf, parameter in wanted:
+                source = opened.get_slice(hf)
+                if list(source.get_shape()) != list(parameter.shape):
+                    raise ValueError(f"{path}: {hf} has shape {source.get_shape()}, expected {list(parameter.shape)}")
+                if isinstance(parameter, DTensor):
+                    local = parameter.to_local()
+                    first = shard_offset(parameter)
+                    local.copy_(source[first : first + local.shape[0]])
+                else:
+                    parameter.copy_(source[:])
+
+
+def shard_offset(parameter: DTensor) -> int:
+    """First row of this rank's slice; fully_shard splits dimension 0 into equal chunks, the last ones shorter."""
+    assert parameter.device_mesh.ndim == 1 and parameter.placements[0].is_shard(0)
+    chunk = -(-parameter.shape[0] // parameter.device_mesh.size())
+    return min(chunk * parameter.device_mesh.get_local_rank(), parameter.shape[0])
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
+    """The model of a Hugging Face directory or hub id, whole on one device.
+
+    Raises ValueError for a path that is neither, a feature that is not covered, a missing or misshapen tensor.
+    """
+    path = find_checkpoint(path)
+    model = init_empty(read_config(path), dtype).to_empty(device=device)
+    load_weights(model, path)
+    return model
+
+
+def load_value_model(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> ValueModel:
+    """A critic: its head from value_head.safetensors, or zero where the directory is a plain model's."""
+    path = find_checkpoint(path)
+    critic = ValueModel(load_model(path, dtype, device))
+    head = path / "value_head.safetensors"
+    if head.is_file():
+        critic.value_head.load_state_dict(load_file(head, device=str(device)))
+    return critic
+
+
+def save_model(model: Transformer, path: str | Path, state_dict: dict | None = None, tokenizer=None) -> None:
+    """Write a directory that transformers' from_pretrained loads: config.json, model*.safetensors, tokenizer files.
+
+    state_dict: the whole parameters on the CPU, when `model` itself is sharded (dist.full_state_dict).
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict() if state_dict is None else state_dict
+    tensors = {hf_name(name): tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    files: list[dict] = [{}]
+    for name, tensor in tensors.items():  # a new file whenever the next tensor would make this one too large
+        held = sum(t.nbytes for t in files[-1].values())
+        if held and held + tensor.nbytes > MAX_FILE_BYTES:
+            files.append({})
+        files[-1][name] = tensor
+    names = ["model.safetensors"]
+    if len(files) > 1:
+        names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        weight_map = {name: file for file, part in zip(names, files) for name in part}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    for file, part in zip(names, files):
+        save_file(part, str(path / file), metadata={"format": "pt"})
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    (path / "config.json").write_text(json.dumps(model.config.to_hf() | {"torch_dtype": dtype}, indent=1))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(path))
+
+
+def save_value_model(critic: ValueModel, path: str | Path, state_dict: dict | None = None) -> None:
+    """The trunk as `save_model` writes it, and value_head.safetensors."""
+    state = critic.state_dict() if state_dict is None else state_dict
+    trunk = {name.removeprefix("trunk."): t for name, t in state.items() if name.startswith("trunk.")}
+    save_model(critic.trunk, path, trunk)
+    head = {k.removeprefix("value_head."): t for k, t in state.items() if k.startswith("value_head.")}
+    save_file({k: t.detach().contiguous().cpu() for k, t in head.items()}, str(Path(path) / "value_head.safetensors"))
+
+
+# ---------------------------------------------------------------------------------------------- a tokenizer of our own
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = r" ?\p{L}+|\n+| ?[^\s\p{L}\p{N}]+|\s"  # a word, newlines, punctuation: merges stay within one of them
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, special: tuple[str, ...] = SPECIAL):
+    """A byte-level BPE tokenizer for a model from scratch, as transformers' PreTrainedTokenizerFast.
+
+    Digits stay single and no merge crosses words, so that line numbers and names have one spelling. The chat template
+    is ChatML; the last special token ends a reply, the first one pads. The same texts give the same tokenizer.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[-1], pad_token=special[0])
+    tokenizer.chat_template = CHATML
+    return tokenizer

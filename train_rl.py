@@ -112,7 +112,9 @@ class Config:
         if self.sampling.top_p != 1 or self.sampling.temperature <= 0:
             raise ValueError("training samples with top_p = 1 and temperature > 0: else the ratio is not 1")
         if self.advantage not in ("gae", "reinforce") and self.samples_per_state < 2:
-            raise ValueError(f"advantage = {self.advantage} compares a state's actions: samples_per_state >= 2")
+            raise ValueError(
+                f"advantage = {self.advantage} compares a state's actions: samples_per_state >= 2"
+            )
         if self.rollout == "episode" and (self.advantage != "gae" or self.samples_per_state != 1):
             raise ValueError("rollout = episode needs advantage = gae and samples_per_state = 1")
         if self.rollout == "episode" and self.own_share:
@@ -244,6 +246,66 @@ def per_action(matrix: torch.Tensor, spans: list[tuple[int, int]], shape) -> tor
     return torch.cat(rows) if rows else matrix.new_zeros(shape)
 
 
+@dataclass
+class Old:
+    """What the update takes as given: [N, T] matrices from before it, None where there is no such model."""
+
+    logp: torch.Tensor
+    ref_logp: torch.Tensor | None
+    values: torch.Tensor | None
+    advantages: torch.Tensor
+    returns: torch.Tensor | None
+    weights: torch.Tensor | None  # truncated importance sampling
+
+
+def accumulate_gradients(batch: Batch, groups: list[Group], old: Old, models: dict, kl_coef: float) -> dict:
+    """Gradients of one minibatch's losses, summed over its micro-batches; {model: [stats]}. COLLECTIVE.
+
+    Losses are sums over tokens divided by the count of the whole minibatch on all ranks, so that neither the
+    micro-batch size nor the number of ranks changes the gradient.
+    """
+    cfg, stats = batch.cfg, {name: [] for name in models}
+    mask = batch.mask[[row for g in groups for row in g.rows]]
+    counts = (rl.loss_denom(mask, cfg.loss_agg, cfg.agent.max_new_tokens), mask.sum())
+    denom, tokens = dist.all_reduce_sum(torch.stack([c.float() for c in counts]))
+    for group, packed, mask in batch.micro(groups):
+
+        def here(matrix):
+            return None if matrix is None else pick(matrix, group, packed.target_mask)  # noqa: B023
+
+        if "actor" in models:
+            logp, entropy = batch.logprobs(models["actor"], packed)
+            loss, stat = rl.policy_loss(
+                logp,
+                here(old.logp),
+                here(old.advantages),
+                mask,
+                cfg.clip_low,
+                cfg.clip_high,
+                cfg.dual_clip,
+                here(old.weights),
+                cfg.loss_agg,
+                denom,
+            )
+            stat["policy_loss"] = loss.detach() * denom  # a sum, as all stats are
+            stat["entropy"] = rl.masked_sum(entropy.detach(), mask)
+            if cfg.entropy_coef:
+                loss = loss - cfg.entropy_coef * rl.aggregate(entropy, mask, cfg.loss_agg, denom)
+            if cfg.kl_in == "loss" and old.ref_logp is not None:
+                ref = here(old.ref_logp)
+                loss = loss + kl_coef * rl.kl_loss(logp, here(old.logp), ref, mask, "k2", cfg.loss_agg, denom)
+            loss.backward()
+            stats["actor"].append(stat)
+        if "critic" in models:
+            values = batch.values(models["critic"], packed)
+            loss, stat = rl.value_loss(
+                values, here(old.values), here(old.returns), mask, cfg.value_clip, tokens
+            )
+            loss.backward()
+            stats["critic"].append(stat)
+    return stats
+
+
 # ------------------------------------------------------------------------------------ states and rewards
 
 
@@ -269,7 +331,9 @@ class StatePool:
             if wanted and (cfg.pool_actions == "all" or row.get("action") == "Edit Script"):
                 self.expert.append(state)
         if not self.expert:
-            raise config.UserError("the state pool is empty: collect more, or widen pool_tasks / pool_actions")
+            raise config.UserError(
+                "the state pool is empty: collect more, or widen pool_tasks / pool_actions"
+            )
 
     def draw(self, step: int, count: int, salt: int = 0) -> list[State]:
         """`count` states of a step: a function of (seed, step), the same on every rank. The pool is gone
@@ -319,7 +383,9 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(init)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     actor = load_model(init, dtype=torch.float32, device=ctx.device)
-    reference = load_model(init, dtype=compute, device=ctx.device).requires_grad_(False) if cfg.kl_coef else None
+    reference = (
+        load_model(init, dtype=compute, device=ctx.device).requires_grad_(False) if cfg.kl_coef else None
+    )
     critic = None
     if cfg.advantage == "gae":
         critic = load_value_model(cfg.critic_init or init, dtype=torch.float32, device=ctx.device)
@@ -371,6 +437,7 @@ def main():
         if ctx.is_main:
             forget_old(out, cfg.keep_checkpoints)
 
+    reduce = (dist.all_reduce_sum, dist.all_reduce_max)
     share = cfg.states_per_step // ctx.world
     mine = range(ctx.rank * share, (ctx.rank + 1) * share)
     n = cfg.samples_per_state
@@ -460,78 +527,28 @@ def main():
 
             # 5 Update. Minibatches are drawn over all ranks by index: how many ranks there are does not matter.
             train_actor = step >= cfg.critic_warmup_steps or critic is None
-            scale = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
-            for name, optimizer in optimizers.items():
-                for group in optimizer.param_groups:
-                    group["lr"] = scale * (cfg.actor_lr if name == "actor" else cfg.critic_lr)
-            stats = {"actor": [], "critic": []}
-            norms = {"actor": [], "critic": []}
-            ratio_first = None
+            warm = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
+            for name, lr in (("actor", cfg.actor_lr), ("critic", cfg.critic_lr)):
+                for group in optimizers[name].param_groups if name in optimizers else ():
+                    group["lr"] = warm * lr
+            trained = {k: m for k, m in models.items() if k == "critic" or train_actor}
+            old = Old(old_logp, ref_logp, values, advantages, returns, weights)
+            stats, norms, first_ratio = {"actor": [], "critic": []}, {"actor": [], "critic": []}, None
             for epoch in range(cfg.epochs):
                 order = np.random.default_rng([cfg.seed, 5, step, epoch]).permutation(cfg.states_per_step)
                 for chosen in np.array_split(order, cfg.minibatches):
                     members = set(chosen.tolist())
                     groups = [g for g in batch.groups if g.index in members]
-                    rows = [row for g in groups for row in g.rows]
-                    length = cfg.agent.max_new_tokens
-                    local_denominators = torch.stack(
-                        [
-                            rl.loss_denom(batch.mask[rows], cfg.loss_agg, length).float(),
-                            batch.mask[rows].sum().float(),
-                        ]
-                    )
-                    denom, tokens = dist.all_reduce_sum(local_denominators)
-                    for packed_groups, packed, mask in batch.micro(groups):
-                        shape = packed.target_mask
-                        if train_actor:
-                            logp, entropy = batch.logprobs(actor, packed)
-                            old = pick(old_logp, packed_groups, shape)
-                            loss, stat = rl.policy_loss(
-                                logp,
-                                old,
-                                pick(advantages, packed_groups, shape),
-                                mask,
-                                cfg.clip_low,
-                                cfg.clip_high,
-                                cfg.dual_clip,
-                                None if weights is None else pick(weights, packed_groups, shape),
-                                cfg.loss_agg,
-                                denom,
-                            )
-                            if cfg.entropy_coef:
-                                bonus = rl.aggregate(entropy, mask, cfg.loss_agg, denom)
-                                loss = loss - cfg.entropy_coef * bonus
-                            if cfg.kl_in == "loss" and reference:
-                                ref = pick(ref_logp, packed_groups, shape)
-                                penalty = rl.kl_loss(logp, old, ref, mask, "k2", cfg.loss_agg, denom)
-                                loss = loss + kl_control.coef * penalty
-                            loss.backward()
-                            stat["entropy"] = rl.masked_sum(entropy.detach(), mask)
-                            stat["policy_loss"] = loss.detach() * mask.sum().clamp(min=1)
-                            stats["actor"].append(stat)
-                        if critic:
-                            loss, stat = rl.value_loss(
-                                batch.values(critic, packed),
-                                pick(values, packed_groups, shape),
-                                pick(returns, packed_groups, shape),
-                                mask,
-                                cfg.value_clip,
-                                tokens,
-                            )
-                            loss.backward()
-                            stats["critic"].append(stat)
-                    for name, optimizer in optimizers.items():
-                        if name == "actor" and not train_actor:
-                            continue
-                        norm = dist.clip_grad_norm(models[name].parameters(), cfg.grad_clip)
-                        if not np.isfinite(norm):
-                            raise RuntimeError(f"step {step + 1}: the gradient of the {name} is {norm}")
-                        norms[name].append(norm)
-                        optimizer.step()
-                        optimizer.zero_grad(set_to_none=True)
-                    if ratio_first is None and stats["actor"]:
-                        first = rl.mean_stats(stats["actor"], dist.all_reduce_sum, dist.all_reduce_max)
-                        ratio_first = first["ratio_max"]
+                    new_stats = accumulate_gradients(batch, groups, old, trained, kl_control.coef)
+                    for name, model in trained.items():
+                        norms[name].append(dist.clip_grad_norm(model.parameters(), cfg.grad_clip))
+                        if not np.isfinite(norms[name][-1]):
+                            raise RuntimeError(f"step {step + 1}: the {name}'s gradient is {norms[name][-1]}")
+                        optimizers[name].step()
+                        optimizers[name].zero_grad(set_to_none=True)
+                        stats[name] += new_stats[name]
+                    if first_ratio is None and train_actor:
+                        first_ratio = rl.mean_stats(new_stats["actor"], *reduce)["ratio_max"]
             lap("update")
 
             # 6 Log, evaluate, save.
@@ -542,9 +559,8 @@ def main():
             sums = torch.stack([rl.masked_sum(kl, batch.mask), kept.sum().float(), batch.mask.sum().float()])
             kl_sum, actions, tokens = dist.all_reduce_sum(sums).tolist()
             row["kl"] = kl_sum / max(1.0, actions)  # nats per action
-            row["ratio_step1"] = ratio_first
+            row["ratio_first"] = first_ratio  # the largest ratio in the first update: 1 but for rounding
             row["explained_variance"] = explained
-            reduce = (dist.all_reduce_sum, dist.all_reduce_max)
             row |= rl.mean_stats([rl.mismatch(old_logp, batch.sampler_logp, batch.mask)], *reduce)
             for name in models:
                 if stats[name]:
@@ -566,14 +582,17 @@ def main():
                 append_rows(out / "metrics.jsonl", [row])
                 append_rows(
                     out / "transcripts.jsonl",
-                    [transcript(step + 1, r, v, policy) for r, v in list(zip(rollouts, rewards))[: cfg.transcripts]],
+                    [
+                        transcript(step + 1, r, v, policy)
+                        for r, v in list(zip(rollouts, rewards))[: cfg.transcripts]
+                    ],
                 )
                 tqdm.write(print_line(row, cfg.steps))
             stop = stop_requested()
             if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 save(step + 1)
             if stop:
-                raise config.Interrupted(stop)
+                sys.exit(128 + stop)
     dist.print0(f"wrote {out}")
     dist.close()
 
@@ -586,11 +605,14 @@ def episode_bootstrap(episodes, batch: Batch, critic, policy: Policy) -> torch.T
     cut = [e for e, episode in enumerate(episodes) if episode.end in ("steps", "minutes")]
     bootstrap = torch.zeros(len(episodes), device=batch.device)
     groups = [
-        Group(encode_state(episodes[e].state, policy.cfg, policy.tokenizer), [[batch.pad]], [e], e) for e in cut
+        Group(encode_state(episodes[e].state, policy.cfg, policy.tokenizer), [[batch.pad]], [e], e)
+        for e in cut
     ]
     with torch.no_grad():
         for group in micro_batches(groups, batch.cfg.micro_batch_tokens, 1):
-            packed = pack_rows([g.prompt for g in group], [g.actions for g in group], batch.pad).to(batch.device)
+            packed = pack_rows([g.prompt for g in group], [g.actions for g in group], batch.pad).to(
+                batch.device
+            )
             value = batch.values(critic, packed)[:, 0]
             rows = [row for g in group for row in g.rows]
             if rows:

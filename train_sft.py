@@ -16,6 +16,7 @@ is predicted from exactly what acting would show.
 
 import math
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,7 @@ class Config:
 def make_examples(rows: list[dict], cfg: Config, tokenizer) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, reply ids with EOS) for every action of the trajectories."""
     examples = []
-    for row in tqdm(rows, desc="tokenise", disable=not dist.show_progress()):
+    for row in tqdm(rows, desc="tokenise", disable=not sys.stderr.isatty()):
         for state, step in zip(states_of(row), row["steps"]):
             prompt = encode_state(state, cfg.agent, tokenizer)
             reply = [*encode_text(step["reply"], tokenizer), tokenizer.eos_token_id]
@@ -242,7 +243,7 @@ def main():
     if share * ctx.world != cfg.batch_size:
         raise config.UserError(f"batch_size = {cfg.batch_size} must be a multiple of {ctx.world} ranks")
     log: list[dict] = []
-    bar = tqdm(total=updates, initial=start, desc="sft", disable=not dist.show_progress())
+    bar = tqdm(total=updates, initial=start, desc="sft", disable=not sys.stderr.isatty())
     with dist.graceful_stop() as stop_requested:
         for update in range(start, updates):
             began = time.perf_counter()
@@ -274,7 +275,7 @@ def main():
             bar.update()
             if signum := stop_requested():
                 save(update + 1, log)
-                raise config.Interrupted(signum)
+                sys.exit(128 + signum)
             if (update + 1) % cfg.save_every == 0 and update + 1 < updates:
                 save(update + 1, log)
     bar.close()

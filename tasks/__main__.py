@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def list_tasks(args) -> int:
     row = "{:<14}{:<7}{:<9}{:<9}{:<15}{:<16}{:>10}{:>10}{:>9}  {}"
-    header = "name suite split modality kind metric initial best noise data".split()
-    print(row.format(*header))
+    header = ("name", "suite", "split", "modality", "kind", "metric", "initial", "best", "noise")
+    print(row.format(*header, "data"))
     for name in tasks.names():
         task = tasks.load(name)
         metric = f"{task.metric} {'down' if task.lower_is_better else 'up'}"

@@ -20,7 +20,8 @@ import tasks
 from tasks.metrics import METRICS
 
 BOOTSTRAP_ROUNDS = 400
-MIN_STEP = 0.25  # a combination grows only by ideas that add this many standard errors
+BEAM = 6  # combinations that the search keeps at each length
+MIN_STEP = 0.1  # standard errors that one more idea must add
 
 
 @dataclass(frozen=True)
@@ -108,34 +109,43 @@ def note(task: tasks.Task, starter: Run, idea: Run, noise: float) -> str:
     return "improves" if task.better(idea.scores["all"], starter.scores["all"]) else "hurts"
 
 
-def combine(task: tasks.Task, script: str, ideas: list, alone: dict, noise: float, pool, log):
-    """Greedy search over one idea a block; returns (texts, script, run) of the best combination.
+def combine(task: tasks.Task, script: str, ideas: list, alone: dict, noise: float, pool):
+    """Beam search over one idea a block; returns (ideas, run) of the best combination.
 
-    In each round every idea is tried on the script so far, and the best change is kept.
+    An idea that does little alone may do much after another, so the search keeps the two best
+    ideas of each block, not the best ones over all; then the best pairs; then the best triples.
     """
-    best = {"texts": {}, "script": script, "run": alone[None]}
-    while True:
-        candidate = None
-        for idea in ideas:
-            if alone[idea.text].scores is None or best["texts"].get(idea.block) == idea.text:
-                continue
-            edited = tasks.apply_block(best["script"], idea.block, idea.code)
-            tried = run(task, edited, pool)
-            if tried.scores is None:
-                continue
-            if candidate is None or task.better(tried.scores["all"], candidate[1].scores["all"]):
-                candidate = (idea, tried, edited)
-        sign = -1 if task.lower_is_better else 1
-        step = sign * (candidate[1].scores["all"] - best["run"].scores["all"])
-        if step < MIN_STEP * noise:
-            return best
-        idea, tried, edited = candidate
-        best = {
-            "texts": best["texts"] | {idea.block: idea.text},
-            "script": edited,
-            "run": tried,
-        }
-        log(f"  + {idea.text}: {tried.scores['all']:.5g} ({tried.seconds:.2f} s)")
+    sign = -1 if task.lower_is_better else 1
+
+    def quality(candidate):
+        return sign * candidate[1].scores["all"]
+
+    beam = []
+    for block in tasks.AXES:
+        singles = [
+            ((i,), alone[i.text]) for i in ideas if i.block == block and alone[i.text].scores
+        ]
+        beam += sorted(singles, key=quality, reverse=True)[: BEAM // 3]
+    best = max([*beam, ((), alone[None])], key=quality)
+    for _ in tasks.AXES[1:]:
+        wider = {}
+        for chosen, _ in beam:
+            for idea in ideas:
+                if any(idea.block == other.block for other in chosen):
+                    continue
+                combination = tuple(sorted((*chosen, idea), key=lambda i: tasks.AXES.index(i.block)))
+                if combination in wider:
+                    continue
+                edited = script
+                for part in combination:
+                    edited = tasks.apply_block(edited, part.block, part.code)
+                wider[combination] = run(task, edited, pool)
+        scored = [item for item in wider.items() if item[1].scores]
+        beam = sorted(scored, key=quality, reverse=True)[:BEAM]
+        # a longer combination has to be worth its length
+        if beam and quality(beam[0]) > quality(best) + MIN_STEP * noise:
+            best = beam[0]
+    return best
 
 
 def measure(name: str, pool, combinations: bool = True, log=print) -> dict:
@@ -150,23 +160,24 @@ def measure(name: str, pool, combinations: bool = True, log=print) -> dict:
     alone = {None: starter}
     for idea in ideas:
         alone[idea.text] = run(task, tasks.apply_block(script, idea.block, idea.code), pool)
-    best = {"texts": {}, "script": script, "run": starter}
+    chosen, best = (), starter
     if combinations:
-        best = combine(task, script, ideas, alone, noise, pool, log)
-        noise = standard_error(task, best["run"].submission)
+        chosen, best = combine(task, script, ideas, alone, noise, pool)
+        noise = standard_error(task, best.submission)
     notes = {i.text: note(task, starter, alone[i.text], noise) for i in ideas}
     for axis in tasks.AXES:
         log(f"  {axis}")
         for idea in ideas:
             if idea.axis == axis:
                 log(f"    {notes[idea.text]:<10}{_figures(alone[idea.text])}  {idea.text}")
-    final = best["run"].scores["all"]
-    log(f"  best {final:.5g} +- {noise:.2g}: {' + '.join(best['texts'].values())}")
+    texts = " + ".join(idea.text for idea in chosen)
+    log(f"  best {best.scores['all']:.5g} +- {noise:.2g} ({best.seconds:.2f} s): {texts}")
     return {
         "starter": starter,
         "alone": alone,
         "notes": notes,
         "best": best,
+        "best_texts": texts,
         "noise": noise,
     }
 
@@ -174,14 +185,13 @@ def measure(name: str, pool, combinations: bool = True, log=print) -> dict:
 def write(name: str, found: dict) -> None:
     """Put measured values into task.yaml (four lines) and ideas.yaml (its `notes`)."""
     directory = tasks.load(name).dir
-    initial, final = found["starter"].scores, found["best"]["run"].scores["all"]
+    initial, final = found["starter"].scores, found["best"].scores["all"]
     parts = ", ".join(f"{part}: {initial[part]:.5g}" for part in tasks.PARTS)
-    texts = " + ".join(found["best"]["texts"].values())
     text = (directory / "task.yaml").read_text()
     for key, value in {
         "initial_score": f"{{{parts}}}",
         "best_score": f"{final:.5g}",
-        "best_source": f'"measured, on all answers: {texts}"',
+        "best_source": '"measured, on all answers: ' + found["best_texts"] + '"',
         "noise": f"{found['noise']:.2g}",
     }.items():
         text, count = re.subn(rf"(?m)^{key}:.*$", f"{key}: {value}", text)

@@ -16,11 +16,11 @@ from torch.nn.functional import one_hot
 import rl
 
 END, VOCAB, TURN, WIDTH = 3, 4, 3, 7
-TEMPERATURE, EPISODES, UPDATES = 0.7, 128, 80
+TEMPERATURE, EPISODES, UPDATES = 1.5, 128, 40
 
 
 def net(outputs):
-    layers = nn.Sequential(nn.Linear(3 + 4 + WIDTH + VOCAB + 1, 48), nn.Tanh(), nn.Linear(48, outputs))
+    layers = nn.Sequential(nn.Linear(12 + WIDTH + VOCAB + 1, 48), nn.Tanh(), nn.Linear(48, outputs))
     nn.init.zeros_(layers[-1].weight)
     nn.init.zeros_(layers[-1].bias)
     return layers
@@ -29,7 +29,8 @@ def net(outputs):
 def features(state, observed, column, last):
     """What the policy sees before it samples a token: [N, F]. observed: 3 = not yet; last: 4 = none."""
     column = torch.full_like(state, column)
-    parts = one_hot(state, 3), one_hot(observed, 4), one_hot(column, WIDTH), one_hot(last, VOCAB + 1)
+    situation = one_hot(4 * state + observed, 12)
+    parts = situation, one_hot(column, WIDTH), one_hot(last, VOCAB + 1)
     return torch.cat(parts, -1).float()
 
 
@@ -112,5 +113,5 @@ def train(seed, break_mask=False, break_temperature=False):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ppo_solves_the_toy_and_a_broken_mask_or_temperature_does_not(seed):
     assert train(seed) > 0.95
-    assert train(seed, break_mask=True) < 0.6
-    assert train(seed, break_temperature=True) < 0.8
+    assert train(seed, break_mask=True) < 0.8
+    assert train(seed, break_temperature=True) < 0.5

@@ -299,7 +299,7 @@ def test_policy_loss_and_its_gradient_against_a_scalar_loop(agg, low, high, dual
         return loop_aggregate(per_row, agg, 20)
 
     logp = logp.detach().double()
-    assert float(loss) == pytest.approx(loop(logp), rel=1e-5)
+    assert loss.item() == pytest.approx(loop(logp), rel=1e-5)
     generator = random.Random(0)
     for i, t in generator.sample([(i, t) for i in range(N) for t in range(T)], 12):
         step = torch.zeros(N, T, dtype=torch.float64)
@@ -466,7 +466,8 @@ def test_explained_variance_by_hand():
     def variance(x):
         return sum((v - sum(x) / len(x)) ** 2 for v in x)
 
-    assert rl.explained_variance(values, returns, mask) == pytest.approx(1 - variance(e) / variance(r), rel=1e-5)
+    expected = 1 - variance(e) / variance(r)
+    assert rl.explained_variance(values, returns, mask) == pytest.approx(expected, rel=1e-5)
     assert rl.explained_variance(returns + 3, returns, mask) == pytest.approx(1)
     assert rl.explained_variance(returns * 0, returns, mask) == pytest.approx(0)
     assert rl.explained_variance(returns, returns * 0 + 0.1, mask) == 0

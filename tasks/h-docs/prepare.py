@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from tasks import build
 
-HEIGHT, WIDTH = 48, 128  # pixels of a page
-TRAIN_PAGES, TEST_PAGES = 12, 8
-SIZES = (10, 11, 12, 14)  # of the font, in pixels
+HEIGHT, WIDTH = 32, 96  # pixels of a page
+TRAIN_PAGES, TEST_PAGES = 16, 16
+SIZES = (9, 10, 11, 12)  # of the font, in pixels
 PHOTOS = {"train": ("gravel", "grass", "brick"), "test": ("gravel", "grass", "coffee", "moon")}
 
 

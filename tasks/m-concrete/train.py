@@ -5,8 +5,8 @@ X, y, X_test = load()
 columns = ["cement", "water", "fine_aggregate", "age"]
 X, X_test = X[columns], X_test[columns]
 # model
-from sklearn.svm import SVR
-model = SVR(C=1)
+from sklearn.tree import DecisionTreeRegressor
+model = DecisionTreeRegressor(max_depth=4, random_state=0)
 # learning
 X, y = X[:200], y[:200]
 # submission

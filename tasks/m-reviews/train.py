@@ -7,7 +7,7 @@ words = CountVectorizer(max_features=50)
 X, X_test = words.fit_transform(X["review"]), words.transform(X_test["review"])
 # model
 from sklearn.linear_model import LogisticRegression
-model = LogisticRegression(C=0.01)
+model = LogisticRegression(max_iter=200)
 # learning
 X, y = X[:500], y[:500]
 # submission

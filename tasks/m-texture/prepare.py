@@ -24,8 +24,8 @@ def patch(photo, rng):
     crop = crop.rotate(float(rng.uniform(0, 360)), resample=Image.Resampling.BILINEAR)
     inner = slice(reach - SIDE // 2, reach + SIDE // 2)
     pixels = np.asarray(crop, dtype=float)[inner, inner]
-    pixels = (pixels - pixels.mean()) * rng.uniform(0.5, 1.0) + rng.uniform(90, 160)
-    pixels += rng.normal(0, 12, pixels.shape)
+    pixels = (pixels - pixels.mean()) * rng.uniform(0.6, 1.0) + rng.uniform(90, 160)
+    pixels += rng.normal(0, 6, pixels.shape)
     return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
 
 
