@@ -405,7 +405,7 @@ def initial_state(task: "tasks.Task", env: "Environment", ideas: Iterable[str] =
         raise RuntimeError(f"the starter of {task.name} does not run here ({run.outcome}): {run.output}")
     text = f"{problem_text(task, ideas)}\n\nThe starting script prints:\n{run.output}"
     message = {"role": "user", "content": text}
-    return State(task.name, [message], files, task.initial_score[env.part], 0, {}, "start", task.name)
+    return State(task.name, [message], files, run.scores[env.part], 0, {}, "start", task.name)
 
 
 @dataclass

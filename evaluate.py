@@ -35,7 +35,7 @@ from environment import Environment, Episode, SandboxConfig, initial_state, tran
 from expert import ScriptedExpert, draw_ideas
 from generate import Rng
 from model import load_model
-from records import read_jsonl
+from records import read_jsonl, require_checkpoint
 from reward import Outcome
 from rollout import Policy, RewardConfig, Sampling, describe, reward_of, summarise
 
@@ -235,7 +235,10 @@ def to_markdown(results: dict, cfg: Config) -> str:
         lines.append(f"| best single idea | {cells[0]} | {cells[1]} | | | | 1 |")
     if results["steps"]:
         lines += ["", "One action in states of the pool (held-out tasks: in their initial state):", ""]
-        lines += ["| | mean reward | valid | edits | reward, held-out | valid | edits |", "|---|---|---|---|---|---|---|"]
+        lines += [
+            "| | mean reward | valid | edits | reward, held-out | valid | edits |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for name, parts in results["steps"].items():
             cells = [
                 f"{parts[p]['reward']:+.3f} | {parts[p]['valid_share']:.1%} | {parts[p]['edit_share']:.1%}"
@@ -310,9 +313,7 @@ def find_models(cfg: Config) -> dict[str, str]:
     if not models:
         raise config.UserError(f"{root} holds no model: run train_sft.py and train_rl.py, or set models")
     for name, path in models.items():
-        local = path.startswith((".", "/", "runs/"))
-        if local and not (Path(path) / "config.json").exists():
-            raise config.UserError(f"models.{name}: {path} is not a checkpoint (it has no config.json)")
+        require_checkpoint(path, f"set models.{name} to a checkpoint")
     return models
 
 
@@ -351,9 +352,7 @@ def main():
                     if cfg.draws:
                         policy.env = training_env
                         parts = {"heldin": heldin, "heldout": heldout}
-                        done["steps"] = {
-                            p: step_rewards(policy, n, pool_rows, cfg, ctx) for p, n in parts.items() if n
-                        }
+                        done["steps"] = {p: step_rewards(policy, n, pool_rows, cfg, ctx) for p, n in parts.items() if n}
                 if ctx.is_main:
                     temporary = file.with_suffix(".tmp")
                     temporary.write_text(json.dumps(done))

@@ -39,7 +39,7 @@ def edit_action(script: str, name: str, idea: "tasks.Idea", cfg: AgentConfig) ->
         args |= {"start_line_number": first, "end_line_number": last}
         return Action("Edit Script", args, thought, code)
     if cfg.edit_format == "file":
-        return Action("Edit Script", args, thought, "\n".join(lines[: first - 1] + [code] + lines[last:]))
+        return Action("Edit Script", args, thought, "\n".join([*lines[:first - 1], code, *lines[last:]]))
     head = lines[first - 2]  # the block's comment line makes the searched text unique
     old = "\n".join([head, *lines[first - 1 : last]])
     return Action("Edit Script", args, thought, [(old, f"{head}\n{code}")])

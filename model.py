@@ -158,7 +158,8 @@ LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Angle per position of each pair of channels, [head_dim / 2], fp32.
 
-    A function and not a buffer: a buffer would be lost between the meta device and `to_empty`, and cast with the weights.
+    A function and not a buffer: a buffer would be lost between the meta device and `to_empty`, and cast
+    with the weights.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     frequencies = config.rope_theta**-exponents

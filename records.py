@@ -85,3 +85,14 @@ def truncate_log(path: Path, step: int) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.replace(path)
+
+
+def require_checkpoint(path: str, fix: str) -> str:
+    """`path` if it is a directory with a model, or may be a hub id.
+
+    Raises config.UserError with the way to get one.
+    """
+    local = Path(path).exists() or str(path).startswith((".", "/", "~", "runs/")) or str(path).count("/") != 1
+    if local and not (Path(path) / "config.json").is_file():
+        raise config.UserError(f"{path} holds no model (no config.json): {fix}")
+    return str(path)

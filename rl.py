@@ -265,7 +265,7 @@ def policy_loss(logp, old_logp, advantages, mask, clip_low, clip_high, dual_clip
         bounded = (advantages < 0) & (loss > -dual_clip * advantages)
         loss = torch.where(bounded, -dual_clip * advantages, loss)
     if weights is not None:
-        loss = loss * torch.where(mask, weights, 0.0).detach()
+        loss = loss * weights.detach()
     with torch.no_grad():
         stats = {
             "tokens": mask.sum(),

@@ -10,8 +10,8 @@
                                                    no network, no other process, no other file
     bare   anything else, with allow_weak=True     whatever the user can: limits and tree kill only, no secrecy
 
-A tier is chosen by really running a canary in it, which tries what must not work. In every tier the whole process tree
-dies at the end of a run, limits hold for the tree, and our own failures are `internal` or `setup_error`: never a result.
+A tier is chosen by really running a canary in it, which tries what must not work. In every tier the whole process
+tree dies at the end of a run, limits hold for the tree, and our own failures are `internal` or `setup_error`.
 
 What the ns tier does not stop: attacks on the kernel itself (there is no system call filter), and memory, which is
 sampled every 20 ms, so a script can exceed its limit for that long. Files in /tmp, /dev/shm and the workspace live in
@@ -24,6 +24,7 @@ The server watches limits; it dies with the trainer (its standard input closes),
 
 import argparse
 import atexit
+import contextlib
 import ctypes
 import importlib
 import json
@@ -48,6 +49,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+DEVICES = ("null", "zero", "full", "random", "urandom")
 BOX = "/box"  # the workspace, as a script in the ns tier sees it
 SAMPLE_S = 0.02  # how often a run's memory, CPU time and processes are looked at
 FLOOD_BYTES = 16 << 20  # output beyond this ends a run
@@ -92,7 +94,7 @@ class SandboxError(ValueError):
 # ------------------------------------------------------------------------------------- the trainer's side
 
 
-def run(argv, workspace, *, limits=Limits(), read_only=(), hidden=(), env=None, gpus=(), tier=None) -> Result:  # noqa: B008
+def run(argv, workspace, *, limits=Limits(), read_only=(), hidden=(), env=None, gpus=(), tier=None) -> Result:
     """One run in an interpreter of its own. Arguments as in Pool.submit; tier None = the strongest there is."""
     with Pool(1, preload=(), tier=tier, allow_weak=tier == "bare") as pool:
         return pool.submit(
@@ -118,7 +120,7 @@ class Pool:
             thread.start()
 
     def submit(
-        self, argv, workspace, *, limits=Limits(), read_only=(), hidden=(), env=None, gpus=()  # noqa: B008
+        self, argv, workspace, *, limits=Limits(), read_only=(), hidden=(), env=None, gpus=()
     ) -> "Future[Result]":
         """Run argv = ["python", script, *args] in `workspace`, an existing directory; what the script leaves there
         (regular files, up to disk_mb) is in it afterwards.
@@ -218,10 +220,8 @@ class Server:
     def close(self) -> None:
         """The end of its input is the server's signal to kill its run and leave."""
         for pipe in (self.process.stdin, self.process.stdout):
-            try:
+            with contextlib.suppress(OSError):
                 pipe.close()
-            except OSError:
-                pass
         try:
             self.process.wait(3)
         except subprocess.TimeoutExpired:
@@ -600,10 +600,8 @@ def kill_tree(root: int, reap: bool = True) -> None:
 
 
 def signal_quietly(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 # ---------------------------------------------------------------------------------------- below the server
@@ -725,8 +723,10 @@ def init(job: dict, outside: int) -> None:
 def visible_paths() -> list[str]:
     """What every script may read: the system's programs and libraries, and this interpreter's."""
     paths = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/ssl"]
-    paths += ["/etc/alternatives", "/etc/localtime", "/etc/fonts", "/sys/devices/system/cpu", "/sys/devices/system/node"]
+    paths += ["/etc/alternatives", "/etc/localtime", "/etc/fonts"]
+    paths += ["/sys/devices/system/cpu", "/sys/devices/system/node"]
     paths += [sys.prefix, sys.base_prefix, os.path.dirname(os.path.dirname(os.path.realpath(sys.executable)))]
+    paths += [os.path.realpath(path) for path in (sys.prefix, sys.base_prefix)]  # a .venv may be a link
     return list(dict.fromkeys(path for path in paths if os.path.lexists(path)))
 
 
@@ -736,7 +736,7 @@ def build_root(job: dict, limits: Limits, uid: int) -> None:
     root = "/tmp"  # any directory: the new root is mounted over it, in this mount namespace only
     sources = {path: os.open(path, os.O_PATH) for path in visible_paths() if not os.path.islink(path)}
     sources |= {path: os.open(path, os.O_PATH) for path, _ in job["read_only"]}
-    devices = {f"/dev/{name}": os.open(f"/dev/{name}", os.O_PATH) for name in ("null", "zero", "full", "random", "urandom")}
+    devices = {f"/dev/{name}": os.open(f"/dev/{name}", os.O_PATH) for name in DEVICES}
     links = {path: os.readlink(path) for path in visible_paths() if os.path.islink(path)}
     mount("root", root, "tmpfs", MS_NOSUID, "size=16m,mode=755")
     for path, target in links.items():
@@ -789,10 +789,8 @@ def copy_files(source: int, target: int, owner: int | None, large: int | None = 
         if info.st_dev != here:
             continue  # a read-only directory that is mounted here
         if stat.S_ISDIR(info.st_mode) and depth < MAX_DEPTH:
-            try:
+            with contextlib.suppress(FileExistsError):
                 os.mkdir(entry, 0o700, dir_fd=target)
-            except FileExistsError:
-                pass
             if owner is not None:
                 os.chown(entry, owner, owner, dir_fd=target, follow_symlinks=False)
             inner = [os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=d) for d in (source, target)]
@@ -801,10 +799,8 @@ def copy_files(source: int, target: int, owner: int | None, large: int | None = 
                 os.close(fd)
         elif stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_blocks * 512 + 4096 >= info.st_size:
             reader = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=source)
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(entry, dir_fd=target)
-            except FileNotFoundError:
-                pass
             writer = os.open(entry, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=target)
             while chunk := os.read(reader, 1 << 20):
                 os.write(writer, chunk)

@@ -39,11 +39,11 @@ import config
 import dist
 import rl
 import tasks
-from agent import AgentConfig, PromptTooLong, State, state_from_row
+from agent import AgentConfig, PromptTooLong, State, encode_state, state_from_row
 from environment import Environment, SandboxConfig, initial_state
 from generate import Rng
 from model import load_model, load_value_model, pack_rows, save_model, save_value_model
-from records import append_rows, claim, read_jsonl, truncate_log
+from records import append_rows, claim, read_jsonl, require_checkpoint, truncate_log
 from reward import Outcome
 from rollout import Policy, RewardConfig, Rollout, Sampling, describe, reward_of, summarise
 
@@ -88,9 +88,9 @@ class Config:
     dual_clip: float | None = None  # bound on the loss where the advantage is negative, above 1
     value_clip: float | None = 0.5
     entropy_coef: float = 0.0
-    loss_agg: Literal[
-        "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"
-    ] = "token_mean"
+    loss_agg: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = (
+        "token_mean"
+    )
     tis_clip: float | None = None  # cap of the importance weights against the sampler's logprobs; null = off
     actor_lr: float = 1e-6  # paper C.1
     critic_lr: float = 1e-5  # paper C.1
@@ -109,16 +109,27 @@ class Config:
     transcripts: int = 2  # rollouts per step that are written out in full
 
     def __post_init__(self):
+        if min(self.states_per_step, self.samples_per_state, self.epochs, self.minibatches) < 1:
+            raise ValueError("states_per_step, samples_per_state, epochs and minibatches must be positive")
         if self.sampling.top_p != 1 or self.sampling.temperature <= 0:
             raise ValueError("training samples with top_p = 1 and temperature > 0: else the ratio is not 1")
         if self.advantage not in ("gae", "reinforce") and self.samples_per_state < 2:
-            raise ValueError(
-                f"advantage = {self.advantage} compares a state's actions: samples_per_state >= 2"
-            )
+            raise ValueError(f"advantage = {self.advantage} compares a state's actions: samples_per_state >= 2")
         if self.rollout == "episode" and (self.advantage != "gae" or self.samples_per_state != 1):
             raise ValueError("rollout = episode needs advantage = gae and samples_per_state = 1")
         if self.rollout == "episode" and self.own_share:
             raise ValueError("own_share is for rollout = step: an episode visits its own states anyway")
+
+
+class Laps:
+    """Seconds by phase: lap("update") ends a phase that began at the last call."""
+
+    def __init__(self):
+        self.last, self.seconds = time.perf_counter(), {}
+
+    def __call__(self, phase: str):
+        now = time.perf_counter()
+        self.seconds[phase], self.last = now - self.last, now
 
 
 # ------------------------------------------------------------------------------ rows: what is trained on
@@ -298,9 +309,7 @@ def accumulate_gradients(batch: Batch, groups: list[Group], old: Old, models: di
             stats["actor"].append(stat)
         if "critic" in models:
             values = batch.values(models["critic"], packed)
-            loss, stat = rl.value_loss(
-                values, here(old.values), here(old.returns), mask, cfg.value_clip, tokens
-            )
+            loss, stat = rl.value_loss(values, here(old.values), here(old.returns), mask, cfg.value_clip, tokens)
             loss.backward()
             stats["critic"].append(stat)
     return stats
@@ -331,9 +340,7 @@ class StatePool:
             if wanted and (cfg.pool_actions == "all" or row.get("action") == "Edit Script"):
                 self.expert.append(state)
         if not self.expert:
-            raise config.UserError(
-                "the state pool is empty: collect more, or widen pool_tasks / pool_actions"
-            )
+            raise config.UserError("the state pool is empty: collect more, or widen pool_tasks / pool_actions")
 
     def draw(self, step: int, count: int, salt: int = 0) -> list[State]:
         """`count` states of a step: a function of (seed, step), the same on every rank. The pool is gone
@@ -366,9 +373,8 @@ def main():
     cfg = config.load(Config, "train_rl")
     ctx = dist.init()
     root = Path("runs") / cfg.run
-    out, init = root / cfg.out, cfg.init or str(root / "sft")
-    if not cfg.init and not (root / "sft" / "config.json").exists():
-        raise config.UserError(f"{init} holds no model: run train_sft.py first, or set init")
+    out = root / cfg.out
+    init = require_checkpoint(cfg.init or str(root / "sft"), "run train_sft.py first, or set init")
     if cfg.states_per_step % ctx.world:
         raise config.UserError(f"states_per_step must be a multiple of {ctx.world} ranks")
     pool = StatePool(read_jsonl(root / "data" / "states.jsonl"), cfg)
@@ -383,9 +389,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(init)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     actor = load_model(init, dtype=torch.float32, device=ctx.device)
-    reference = (
-        load_model(init, dtype=compute, device=ctx.device).requires_grad_(False) if cfg.kl_coef else None
-    )
+    reference = load_model(init, dtype=compute, device=ctx.device).requires_grad_(False) if cfg.kl_coef else None
     critic = None
     if cfg.advantage == "gae":
         critic = load_value_model(cfg.critic_init or init, dtype=torch.float32, device=ctx.device)
@@ -396,9 +400,7 @@ def main():
     models = {"actor": actor} | ({"critic": critic} if critic else {})
 
     def adam(model, lr):
-        return torch.optim.AdamW(
-            model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay
-        )
+        return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay)
 
     optimizers = {"actor": adam(actor, cfg.actor_lr)}
     if critic:
@@ -453,13 +455,7 @@ def main():
             save(0)
         quiet = not (ctx.is_main and sys.stderr.isatty())
         for step in tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, desc="rl", disable=quiet):
-            clock, seconds = time.perf_counter(), {}
-
-            def lap(phase: str):
-                nonlocal clock
-                now = time.perf_counter()
-                seconds[phase] = now - clock  # noqa: B023: this step's dict
-                clock = now
+            lap = Laps()
 
             # 1 Rollout. Ranks sample different states; a sample's random numbers depend on its index alone.
             states = pool.draw(step, cfg.states_per_step)
@@ -572,8 +568,8 @@ def main():
                 row["eval"] = evaluate(policy, pool, cfg, ctx)
             lap("log")
             row |= {
-                "seconds": seconds,
-                "tokens_per_s": tokens / seconds["rollout"],
+                "seconds": lap.seconds,
+                "tokens_per_s": tokens / lap.seconds["rollout"],
                 "experiment_s": sum(r["seconds"] for r in everything),
                 "cache_hits": env.counts["cache_hits"] / max(1, env.counts["experiments"]),
                 "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if ctx.device.type == "cuda" else 0.0,
@@ -582,10 +578,7 @@ def main():
                 append_rows(out / "metrics.jsonl", [row])
                 append_rows(
                     out / "transcripts.jsonl",
-                    [
-                        transcript(step + 1, r, v, policy)
-                        for r, v in list(zip(rollouts, rewards))[: cfg.transcripts]
-                    ],
+                    [transcript(step + 1, r, v, policy) for r, v in list(zip(rollouts, rewards))[: cfg.transcripts]],
                 )
                 tqdm.write(print_line(row, cfg.steps))
             stop = stop_requested()
@@ -600,19 +593,12 @@ def main():
 def episode_bootstrap(episodes, batch: Batch, critic, policy: Policy) -> torch.Tensor:
     """[E]: V of the state in which an episode was cut off by steps or minutes; 0 where it ended by itself.
     COLLECTIVE."""
-    from agent import encode_state
-
     cut = [e for e, episode in enumerate(episodes) if episode.end in ("steps", "minutes")]
     bootstrap = torch.zeros(len(episodes), device=batch.device)
-    groups = [
-        Group(encode_state(episodes[e].state, policy.cfg, policy.tokenizer), [[batch.pad]], [e], e)
-        for e in cut
-    ]
+    groups = [Group(encode_state(episodes[e].state, policy.cfg, policy.tokenizer), [[batch.pad]], [e], e) for e in cut]
     with torch.no_grad():
         for group in micro_batches(groups, batch.cfg.micro_batch_tokens, 1):
-            packed = pack_rows([g.prompt for g in group], [g.actions for g in group], batch.pad).to(
-                batch.device
-            )
+            packed = pack_rows([g.prompt for g in group], [g.actions for g in group], batch.pad).to(batch.device)
             value = batch.values(critic, packed)[:, 0]
             rows = [row for g in group for row in g.rows]
             if rows:

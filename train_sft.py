@@ -31,7 +31,7 @@ import dist
 import tasks
 from agent import AgentConfig, PromptTooLong, encode_state, encode_text, render
 from model import ModelConfig, build_model, load_model, save_model, train_tokenizer
-from records import append_rows, claim, read_jsonl, states_of
+from records import append_rows, claim, read_jsonl, require_checkpoint, states_of
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ def learning_rate(update: int, total: int, cfg: Config) -> float:
 def starting_model(cfg: Config, rows: list[dict], ctx):
     """(model, tokenizer): pretrained weights, or a small decoder and tokenizer made for these trajectories."""
     if cfg.model.path:
+        require_checkpoint(cfg.model.path, "give a Hugging Face directory or hub id as model.path")
         tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
         return load_model(cfg.model.path, dtype=torch.float32, device=ctx.device), tokenizer
     spec = cfg.model
@@ -196,6 +197,9 @@ def main():
     if ctx.is_main:
         claim(out, cfg, ignore=("micro_batch_tokens", "save_every", "eval_every", "checkpoint_blocks"))
     dist.barrier()
+    if (out / "model.safetensors.index.json").exists() or (out / "model.safetensors").exists():
+        dist.print0(f"{out} is finished already; remove it to train again")
+        return
 
     # Split by trajectory (all its renamed copies with it): states of one episode are nearly the same text.
     indices = np.random.default_rng([cfg.seed, 1]).permutation(sorted({row["index"] for row in rows}))

@@ -8,10 +8,7 @@ the sandbox with the task's limits, exactly like an agent's experiments.
 """
 
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -38,7 +35,7 @@ class Run:
 def run(task: tasks.Task, script: str, pool) -> Run:
     """Run a train.py in a fresh workspace and score what it wrote."""
     task.require_prepared()
-    workspace = Path(tempfile.mkdtemp(prefix="measure."))
+    workspace = sandbox.new_workspace()
     try:
         for name, text in (task.helpers() | {"train.py": script}).items():
             (workspace / name).write_text(text)
@@ -47,6 +44,7 @@ def run(task: tasks.Task, script: str, pool) -> Run:
             workspace,
             limits=sandbox.Limits(**task.limits),
             read_only=((task.public, "data"),),
+            hidden=(task.private,),
         ).result()
         output = result.stdout + result.stderr
         if result.reason != "ok":
@@ -60,7 +58,7 @@ def run(task: tasks.Task, script: str, pool) -> Run:
             return Run("bad_submission", None, result.wall_s, output + str(error))
         return Run("ok", scores, result.wall_s, output, submission)
     finally:
-        shutil.rmtree(workspace)
+        sandbox.remove(workspace)
 
 
 def new_pool():

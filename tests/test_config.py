@@ -32,7 +32,9 @@ class Coder:
 @dataclass(frozen=True)
 class Config:
     name: str  # of the run; the folder under runs/
+    # A heading, not a part of the comment above.
     seed: int = 0
+    level: Literal[1, 2] = 1
     lr: float = 1e-6  # "#" is no comment here; a constant
                       # learning rate
     clip: tuple[float, float] | None = (-1.0, 1.0)  # reward clip
@@ -83,7 +85,7 @@ def test_values_are_converted_where_nothing_is_lost_and_nowhere_else(tmp_path):
     assert cfg.coder == Coder("http://x", 100) and cfg.seeds == [3]
     assert load(tmp_path, text, "clip=null", "coder=null").clip is None
     for override in ("seed=1.0", "seed=true", "seed='1'", "resume=1", "lr=fast", "lr=true", "lr=.nan",
-                     "name=3", "name=off", "clip=[1]", "clip=[1,2,3]", "tasks=a", "tasks=[1]", "limits=3",
+                     "name=3", "name=off", "level=true", "clip=[1]", "clip=[1,2,3]", "tasks=a", "tasks=[1]", "limits=3",
                      "agent=3", "agent.thought=loud", "agent.thought=null", "seeds=[1.5]"):  # fmt: skip
         key, _, _ = override.partition("=")
         message = refusal(tmp_path, text, override)
@@ -151,8 +153,8 @@ def test_help_shows_every_key_with_type_default_and_comment(capsys):
     out = capsys.readouterr().out
     assert stop.value.code == 0 and out.startswith("Configuration: precedence")
     rows = [
-        "  name  (str, required)\n      of the run; the folder under runs/\n",
-        "  seed  (int, default 0)\n  lr",  # no comment, and none borrowed from its neighbours
+        "  name  (str, required)\n      of the run; the folder under runs/\n  seed",
+        "  seed  (int, default 0)\n  level",  # no comment, and none borrowed from its neighbours
         '  lr  (float, default 1e-06)\n      "#" is no comment here; a constant learning rate\n  clip',
         "  clip  (tuple[float, float] | None, default (-1.0, 1.0))\n      reward clip\n",
         "  agent.max_steps  (int, default 15)\n      actions per episode\n",

@@ -150,6 +150,7 @@ def test_resume_is_bit_for_bit(tmp_path):
         assert torch.equal(a, b)
     names = sorted(p.name for p in (tmp_path / "step_2").iterdir())
     assert names == ["checkpoint.json", "config.json", "rank_0.pt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["step_2"]  # nothing temporary is left
 
 
 def test_only_complete_checkpoints_are_found(tmp_path):

@@ -413,6 +413,19 @@ def test_garbage_where_masked_changes_nothing(garbage):
 
 
 @pytest.mark.parametrize("agg", AGGS)
+def test_aggregate_leaves_garbage_out_of_value_and_gradient(agg):
+    mask, x = make_mask(16), randn(45)
+    dirty = spoil(x, mask).requires_grad_()
+    denom = rl.loss_denom(mask, agg, length=5)
+    got = rl.aggregate(dirty, mask, agg, denom)
+    assert got.item() == pytest.approx(loop_aggregate([[v for (v,) in row] for row in rows(mask, x)], agg, 5))
+    grad = torch.autograd.grad(got, dirty)[0]
+    assert (grad[~mask] == 0).all() and (grad[mask] > 0).all()
+    mean = torch.where(mask, x, 0.0).sum() / mask.sum()
+    torch.testing.assert_close(rl.masked_mean(dirty, mask).detach(), mean)
+
+
+@pytest.mark.parametrize("agg", AGGS)
 def test_an_empty_batch_gives_loss_0_and_gradient_0(agg):
     mask = torch.zeros(N, T, dtype=torch.bool)
     x = randn(50).requires_grad_()

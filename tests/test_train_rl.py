@@ -202,7 +202,7 @@ def test_one_rank_equals_two(run_dir):
     assert [r["reward"] for r in a] == [r["reward"] for r in b]
     assert np.allclose([r["kl"] for r in a], [r["kl"] for r in b], atol=1e-5)
     error = train(run_dir, "two", steps=4, code=1).stderr  # two ranks' checkpoint, one rank
-    assert "2 processes" in error
+    assert "2 process" in error
 
 
 @pytest.mark.parametrize(
@@ -210,9 +210,9 @@ def test_one_rank_equals_two(run_dir):
     [
         {"advantage": "grpo", "samples_per_state": 3},
         {"advantage": "reinforce", "kl_in": "loss"},
-        {"rollout": "episode", "max_steps": 3},
+        {"rollout": "episode", "max_steps": 3, "agent.max_prompt_tokens": 900},
         {"own_share": 0.5, "tis_clip": 2.0, "dual_clip": 3.0, "kl_target": 0.1, "entropy_coef": 0.01},
-        {"reward.name": "sigmoid", "reward.clip": "null", "loss_agg": "seq_mean_token_sum_norm"},
+        {"reward.name": "milestone", "reward.clip": "null", "loss_agg": "seq_mean_token_sum_norm"},
     ],
 )
 def test_every_variant_runs_and_moves_the_weights(run_dir, keys):
@@ -221,7 +221,9 @@ def test_every_variant_runs_and_moves_the_weights(run_dir, keys):
     moved = close_or_none(weights(run_dir, out, 0), weights(run_dir, out, 1))
     rewards = [r["reward"] for r in metrics(run_dir, out)]
     assert len(rewards) == 1 and np.isfinite(rewards[0])
-    if keys.get("advantage") != "grpo":  # equal rewards in a group: no advantage, as it must be
+    if "advantage" in keys:  # a random model's actions all pay -1: equal to their baseline, so nothing to learn
+        assert moved == 0
+    else:
         assert moved > 0
 
 
@@ -241,7 +243,7 @@ def close_or_none(one: dict, two: dict) -> float:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run_dir, keys, reason):
-    error = train(run_dir, "bad", code=2, steps=1, **keys).stderr
+    error = train(run_dir, f"bad_{reason}", code=2, **{"steps": 1, **keys}).stderr
     lines = [line for line in error.splitlines() if line.strip()]
     assert len(lines) == 1 and reason in lines[0], error
 
