@@ -1,0 +1,148 @@
+"""Collection: the scripted expert, renamed copies, and the files that a run leaves."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import collect
+import config
+import expert
+import records
+import tasks
+from agent import Action, AgentConfig, State, apply_edit, format_reply, parse_reply
+from collect import rename
+from reward import Outcome
+
+NAMES = {"X": "features", "model": "clf", "y": "t"}
+FORMATS = [AgentConfig(edit_format=f) for f in ("lines", "search_replace", "file")]
+
+
+@pytest.mark.parametrize(
+    ("code", "renamed"),
+    [
+        ("X = X[:3]\n", "features = features[:3]\n"),
+        ("model.fit(X, y)\n", "clf.fit(features, t)\n"),
+        ("f(model=model, y=X.y)\n", "f(model=clf, y=features.y)\n"),
+        ('print("X", X)  # X\n', 'print("X", features)  # X\n'),
+        ("for t2 in (X, y):\n    model = X\n", "for t2 in (features, t):\n    clf = features\n"),
+        ("Xy = X_test\n", "Xy = X_test\n"),
+        ("é, X = 'ü', y\n", "é, features = 'ü', t\n"),
+    ],
+)
+def test_rename_touches_variables_alone(code, renamed):
+    assert rename(code, NAMES) == renamed
+
+
+def test_rename_refuses_what_it_cannot_read():
+    with pytest.raises(ValueError, match="tokenise"):
+        rename("x = (1\n", NAMES)
+
+
+@pytest.mark.parametrize("cfg", FORMATS, ids=lambda c: c.edit_format)
+@pytest.mark.parametrize("name", tasks.names("micro"))
+def test_every_idea_is_an_edit_in_every_format(cfg, name):
+    script = tasks.load(name).sources()["train.py"]
+    for idea in tasks.load(name).ideas():
+        expected = tasks.apply_block(script, idea.block, idea.code)
+        if expected == script:
+            continue
+        action = parse_reply(format_reply(expert.edit_action(script, "train.py", idea, cfg), cfg), cfg)
+        assert apply_edit(script, action, cfg) == expected, idea.text
+
+
+def test_ideas_are_drawn_from_one_to_three_axes():
+    task = tasks.load("m-concrete")
+    drawn = [expert.draw_ideas(task, np.random.default_rng(i)) for i in range(200)]
+    assert {len(ideas) for ideas in drawn} == {1, 2, 3}
+    assert all(len({idea.axis for idea in ideas}) == len(ideas) for ideas in drawn)
+    assert len({ideas[0].axis for ideas in drawn}) == 3, "the order is shuffled"
+
+
+def test_the_expert_undoes_what_made_things_worse():
+    task = tasks.load("m-concrete")  # rmsle: lower is better
+    cfg = AgentConfig(edit_format="lines")
+    ideas = [next(i for i in task.ideas() if i.axis == axis) for axis in ("model", "learning")]
+
+    def played(outcomes):
+        """The actions of the expert when its edits give these (outcome, printed score)."""
+        played = expert.ScriptedExpert(task, ideas, cfg)
+        messages = [{"role": "user", "content": "start\nvalidation rmsle 0.30"}]
+        state, outcome, names = State(task.name, messages, task.sources(), 0.3), None, []
+        for outcome_next, text in [*outcomes, (None, "")]:
+            names.append(parse_reply(played.reply(state, outcome), cfg).name)
+            state, outcome = replace(state, messages=[*messages, {"role": "user", "content": text}]), outcome_next
+        return names
+
+    edit, undo, final = "Edit Script", "Undo Edit Script", "Final Answer"
+    good, bad = (Outcome.OK_EDIT, "x\nvalidation rmsle 0.2"), (Outcome.OK_EDIT, "x\nvalidation rmsle 0.4")
+    back = (Outcome.OK_EDIT, "x\nvalidation rmsle 0.30")
+    assert played([good, good]) == [edit, edit, final]
+    assert played([bad, back, good]) == [edit, undo, edit, final]
+    assert played([(Outcome.SCRIPT_ERROR, "ValueError"), back, good]) == [edit, undo, edit, final]
+    assert played([(Outcome.EDIT_FAILED, "no"), good]) == [edit, edit, final]
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def row(score=None) -> dict:
+    step = {"files": {"train.py": "x"}, "undo": {}, "reply": "r", "action": "Edit Script"}
+    steps = [step | {"score": 0.2}, step | {"score": None}, step | {"score": 0.1}]
+    messages = [{"role": "user", "content": "task"}]
+    for _ in steps:
+        messages += [{"role": "assistant", "content": "r"}, {"role": "user", "content": "o"}]
+    base = {"index": 4, "copy": 0, "task": "m-concrete", "initial_score": 0.3}
+    return base | {"messages": messages, "steps": steps}
+
+
+def test_the_score_of_a_state_is_the_last_valid_one():
+    states = records.states_of(row())
+    assert [s.score for s in states] == [0.3, 0.2, 0.2]
+    assert [len(s.messages) for s in states] == [1, 3, 5]
+    assert [s.id for s in states] == ["4.0.0", "4.0.1", "4.0.2"]
+
+
+def test_states_are_written_for_originals_only(tmp_path):
+    assert collect.write_states(tmp_path, [row(), row() | {"copy": 1}]) == 3
+    rows = records.read_jsonl(tmp_path / "states.jsonl")
+    assert [r["action"] for r in rows] == ["Edit Script"] * 3 and rows[1]["score"] == 0.2
+
+
+def test_a_half_line_is_cut_off_and_a_broken_one_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    records.append_rows(path, [{"a": 1}, {"a": 2}])
+    with open(path, "a") as file:
+        file.write('{"a": ')
+    with pytest.raises(config.UserError, match="line 3"):
+        records.read_jsonl(path)
+    assert records.read_jsonl(path, repair=True) == [{"a": 1}, {"a": 2}]
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+    path.write_text('{"a": 1}\nnonsense\n{"a": 3}\n')
+    with pytest.raises(config.UserError, match="line 2"):
+        records.read_jsonl(path, repair=True)
+    with pytest.raises(config.UserError, match="does not exist"):
+        records.read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_a_resumed_log_has_no_row_from_the_future(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records.append_rows(path, [{"step": i} for i in range(1, 6)])
+    records.truncate_log(path, 3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_directory_belongs_to_one_configuration(tmp_path):
+    cfg = collect.Config(run="x")
+    records.claim(tmp_path / "d", cfg)
+    records.claim(tmp_path / "d", replace(cfg, trajectories=9), ignore=("trajectories",))
+    with pytest.raises(config.UserError, match="seed is 0 there and 1 now"):
+        records.claim(tmp_path / "d", replace(cfg, seed=1), ignore=("trajectories",))
+
+
+def test_a_renamed_action_keeps_its_arguments():
+    action = Action("Edit Script", {"script_name": "train.py"}, {"Thought": "X"}, [("X = 1", "X = y")])
+    renamed = collect.rename_action(action, NAMES)
+    assert renamed.edit == [("features = 1", "features = t")]
+    assert (renamed.args, renamed.thought) == (action.args, action.thought)
