@@ -4,27 +4,29 @@
     for c in generator.stream(prompts, max_new_tokens=128, temperature=1.0, rng=Rng(seed, step)):
         print(c.index, c.tokens, c.finish)          # not in the order of the prompts
 
-Continuous batching: a finished sequence leaves its slot to the next prompt at once. The active slots are kept at
-the front of the cache, so that a batch that runs empty also runs faster. A prompt that occurs several times in a
-row (n samples of one state) is computed once. Nothing here communicates: under FSDP, call it inside dist.gathered.
+Continuous batching: a finished sequence leaves its row to the next prompt at once. Running sequences occupy the
+first rows of the cache, so that a batch that runs empty also runs faster. Prompts enter by length, longest first:
+those computed together need little padding, and a prompt that occurs several times (n samples of one state) is
+computed once. Nothing here communicates between ranks: under FSDP, call it inside dist.gathered.
 
 Randomness: token t of sample i is drawn with one uniform number that is a function of (seed, step, i, t), by the
-inverse of the cumulative distribution. So a sample depends neither on its batch, slot or rank, nor on other samples.
+inverse of the cumulative distribution. So a sample depends neither on its batch, row or rank, nor on other samples.
 
+Shapes: n sequences that run, S rows of the cache, T = max_new_tokens, V ids that exist, D width.
 The decode step is plain PyTorch on every device; on CUDA it is not captured in a graph.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model import Transformer
+from model import Transformer, fp32_logits
 
-PREFILL_TOKENS = 16_384  # padded prompt tokens in one forward pass
+PREFILL_TOKENS = 8192  # padded prompt tokens in one forward pass
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,17 @@ class Rng:
     step: int
 
     def uniform(self, samples: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """One number in [0, 1) for each (sample, position), float64. SplitMix64's finaliser, applied per word."""
-        state = np.zeros(len(samples), np.uint64)
+        """One number in [0, 1) for each sample and position (broadcast), float64.
+
+        A chain of SplitMix64 finalisers (Steele et al. 2014), which turn close integers into unrelated ones.
+        """
+        state = np.zeros(np.broadcast_shapes(np.shape(samples), np.shape(positions)), np.uint64)
         for word in (self.seed, self.step, samples, positions):
-            state = mix(state + np.asarray(word).astype(np.uint64))
+            x = state + np.asarray(word).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = x ^ (x >> np.uint64(31))
         return (state >> np.uint64(11)) * 2.0**-53
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """Scramble 64-bit integers so that close inputs give unrelated outputs (Steele et al. 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @dataclass
@@ -61,35 +61,58 @@ class Completion:
     finish: str  # stop | length
 
 
-@dataclass
-class Slot:
-    """A sequence that is being written."""
+class KVCache:
+    """Keys and values of the running sequences: two tensors [S, G, positions, head_dim] a layer.
 
-    index: int
-    sample: int
-    length: int  # tokens whose keys and values are in the cache
-    tokens: list[int]
-    logprobs: list[float]
+    Row r holds one sequence. What lies beyond its end (padding, an earlier tenant) is masked, then overwritten.
+    """
+
+    def __init__(self, layers: int, rows: int, positions: int):
+        self.rows, self.positions = rows, positions
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * layers  # allocated when the dtype is known
+
+    def prefill(self, first: int, source: Tensor) -> Callable:
+        """For Transformer.forward on prompts: row first + i gets prompt source[i]; prompts attend to themselves."""
+        rows = slice(first, first + len(source))
+
+        def cache(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            if self.layers[layer] is None:  # zeros: a masked position has weight 0, and 0 * NaN would be NaN
+                shape = (self.rows, k.shape[1], self.positions, k.shape[3])
+                self.layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
+            for stored, new in zip(self.layers[layer], (k, v)):
+                stored[rows, :, : new.shape[2]] = new[source]
+            return k, v
+
+        return cache
+
+    def decode(self, positions: Tensor, seen: int) -> Callable:
+        """For Transformer.forward on one token for each of the first rows, at positions [n], all below `seen`."""
+        n = len(positions)
+        rows = torch.arange(n, device=positions.device)
+
+        def cache(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            keys, values = self.layers[layer]
+            keys[rows, :, positions] = k[:, :, 0]
+            values[rows, :, positions] = v[:, :, 0]
+            return keys[:n, :, :seen], values[:n, :, :seen]
+
+        return cache
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for stored in (tensor for layer in self.layers for tensor in layer):
+            stored[target, :, :length] = stored[source, :, :length]
 
 
 class Generator:
-    """Owns the KV cache, [max_batch, heads, max_len, head_dim] twice a layer, allocated at the first prompt.
+    """Samples from a model, at most max_batch sequences at a time.
 
-    eos_ids: any of them ends a completion. max_len: the longest prompt plus completion.
+    eos_ids: any of them ends a completion. max_len: the longest prompt plus completion. The cache is allocated
+    for each `stream`, no larger than its prompts need, and freed after it.
     """
 
     def __init__(self, model: Transformer, eos_ids: Sequence[int], max_batch: int, max_len: int, pad_id: int = 0):
-        self.model, self.eos, self.pad = model, frozenset(eos_ids), pad_id
+        self.model, self.eos, self.pad = model, list(eos_ids), pad_id
         self.max_batch, self.max_len = max_batch, max_len
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def _allocate(self, dtype: torch.dtype, device: torch.device) -> None:
-        c = self.model.config
-        shape = (self.max_batch, c.num_kv_heads, self.max_len, c.head_dim)
-        if not self.keys or self.keys[0].dtype != dtype or self.keys[0].device != device:
-            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(c.num_layers)]
-            self.values = [torch.zeros_like(k) for k in self.keys]
 
     @torch.no_grad()  # not inference_mode: parameters gathered by FSDP under it could not be trained again
     def stream(
@@ -108,122 +131,125 @@ class Generator:
 
         Raises ValueError for an empty prompt, one that does not fit max_len, or sampling without an rng.
         """
+        self._check(prompts, max_new_tokens, temperature, top_p, rng)
+        ids = np.arange(len(prompts)) if sample_ids is None else np.asarray(sample_ids)
+        waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i])))
+        S, T = min(self.max_batch, len(prompts)), max_new_tokens
+        cache = KVCache(self.model.config.num_layers, S, max(map(len, prompts), default=0) + T)
+        head = self.model.head_weight()  # [V, D], of the ids that exist
+        device = head.device
+
+        # Row r of each: the sequence in row r of the cache. The host knows all lengths without asking the device.
+        index = np.zeros(S, np.int64)  # of the prompt
+        length = np.zeros(S, np.int64)  # tokens in the cache
+        count = np.zeros(S, np.int64)  # tokens sampled
+        uniform = torch.zeros(S, T, dtype=torch.float64, device=device)
+        tokens = torch.zeros(S, T, dtype=torch.long, device=device)
+        logprobs = torch.zeros(S, T, device=device)
+        every = torch.arange(S, device=device)
+        eos = torch.tensor(self.eos, dtype=torch.long, device=device)
+        n = 0
+        while waiting or n:
+            # 1. Hidden states that predict the next token: of running sequences, then of new prompts.
+            hidden = []
+            if n:
+                last = tokens[every[:n], torch.tensor(count[:n] - 1, device=device)]
+                hidden.append(self._decode(cache, last, length[:n]))
+                length[:n] += 1
+            while waiting and n < S:
+                fresh = self._take(waiting, prompts, S - n)
+                hidden.append(self._prefill(cache, n, [prompts[i] for i in fresh]))
+                rows = slice(n, n + len(fresh))
+                index[rows], count[rows] = fresh, 0
+                length[rows] = [len(prompts[i]) for i in fresh]
+                if temperature > 0:
+                    uniform[rows] = torch.from_numpy(rng.uniform(ids[fresh][:, None], np.arange(T))).to(device)
+                n += len(fresh)
+
+            # 2. The next token of every row.
+            at = (every[:n], torch.tensor(count[:n], device=device))
+            drawn, drawn_logprobs = sample(fp32_logits(torch.cat(hidden), head), temperature, top_p, uniform[at])
+            tokens[at], logprobs[at] = drawn, drawn_logprobs
+            count[:n] += 1
+
+            # 3. Finished sequences leave, from the last row on; the last running one moves into the gap.
+            stopped = torch.isin(drawn, eos).cpu().numpy()
+            for row in np.flatnonzero(stopped | (count[:n] == T))[::-1]:
+                size = count[row]
+                done = Completion(
+                    int(index[row]),
+                    tokens[row, :size].tolist(),
+                    logprobs[row, :size].tolist(),
+                    "stop" if stopped[row] else "length",
+                )
+                n -= 1
+                if row < n:
+                    cache.move(n, row, length[n])
+                    for state in (index, length, count, uniform, tokens, logprobs):
+                        state[row] = state[n]
+                yield done
+
+    def _check(self, prompts, max_new_tokens, temperature, top_p, rng) -> None:
         if temperature > 0 and rng is None:
             raise ValueError("sampling needs rng=Rng(seed, step); temperature=0 is greedy")
-        if not 0 < top_p <= 1 or max_new_tokens < 1:
-            raise ValueError("generation needs 0 < top_p <= 1 and max_new_tokens >= 1")
+        if not 0 < top_p <= 1 or max_new_tokens < 1 or temperature < 0:
+            raise ValueError("generation needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1")
         for i, prompt in enumerate(prompts):
             if not prompt or len(prompt) + max_new_tokens > self.max_len:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens: with {max_new_tokens} new ones it must have between "
-                    f"{max_new_tokens + 1} and max_len = {self.max_len}"
+                    f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones in max_len = {self.max_len}, "
+                    f"between 1 and {self.max_len - max_new_tokens} fit"
                 )
-        ids = range(len(prompts)) if sample_ids is None else sample_ids
-        waiting = deque(range(len(prompts)))
-        slots: list[Slot] = []
-        while waiting or slots:
-            hidden: list[Tensor] = []
-            if slots:
-                hidden.append(self._decode(slots))
-            while waiting and len(slots) < self.max_batch:
-                fresh = self._take(waiting, prompts, self.max_batch - len(slots))
-                hidden.append(self._prefill([prompts[i] for i in fresh], len(slots)))
-                slots += [Slot(i, ids[i], len(prompts[i]), [], []) for i in fresh]
-            self._sample(torch.cat(hidden), slots, temperature, top_p, rng)
-            for slot in reversed(range(len(slots))):
-                s = slots[slot]
-                finish = "stop" if s.tokens[-1] in self.eos else "length"
-                if finish == "stop" or len(s.tokens) == max_new_tokens:
-                    self._free(slots, slot)
-                    yield Completion(s.index, s.tokens, s.logprobs, finish)
 
     def _take(self, waiting: deque, prompts: list[list[int]], room: int) -> list[int]:
-        """The next prompts that fit into the free slots and, padded, into one forward pass (at least one)."""
-        taken: list[int] = []
-        longest = 0
-        while waiting and len(taken) < room:
-            longest = max(longest, len(prompts[waiting[0]]))
-            if taken and longest * (len(taken) + 1) > PREFILL_TOKENS:
-                break
+        """The next prompts that fit into the free rows and, padded to the first, into one forward pass."""
+        taken = [waiting.popleft()]
+        most = min(room, PREFILL_TOKENS // len(prompts[taken[0]]))
+        while waiting and len(taken) < most:
             taken.append(waiting.popleft())
         return taken
 
-    def _prefill(self, prompts: list[list[int]], first: int) -> Tensor:
-        """Compute prompts into the slots from `first` on; the hidden state at each prompt's end, [n, D]."""
-        unique, source = [], []  # equal neighbours are computed once
+    def _prefill(self, cache: KVCache, first: int, prompts: list[list[int]]) -> Tensor:
+        """Compute prompts into the rows from `first` on; the hidden state at each prompt's end, [len(prompts), D]."""
+        unique, source = [], []  # equal prompts are neighbours
         for prompt in prompts:
             if not unique or prompt != unique[-1]:
                 unique.append(prompt)
             source.append(len(unique) - 1)
-        device = next(self.model.parameters()).device
-        lengths = torch.tensor([len(p) for p in unique], device=device)
-        longest = int(lengths.max())
-        tokens = torch.tensor([p + [self.pad] * (longest - len(p)) for p in unique], device=device)
-        copy = torch.tensor(source, device=device)
+        device = self.model.embed.weight.device
+        longest = len(unique[0])
+        padded = torch.tensor([p + [self.pad] * (longest - len(p)) for p in unique], device=device)
+        source = torch.tensor(source, device=device)
+        ends = torch.tensor([len(p) - 1 for p in prompts], device=device)
+        return self.model(padded, cache=cache.prefill(first, source))[source, ends]
 
-        def cache(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            self._allocate(k.dtype, k.device)
-            self.keys[layer][first : first + len(prompts), :, :longest] = k[copy]
-            self.values[layer][first : first + len(prompts), :, :longest] = v[copy]
-            return k, v  # causal among themselves; the padding behind a prompt is overwritten or masked later
+    def _decode(self, cache: KVCache, last: Tensor, length: np.ndarray) -> Tensor:
+        """One token further in the first rows: the hidden states [n, D] of the last sampled tokens [n]."""
+        seen = int(length.max()) + 1
+        positions = torch.from_numpy(length.copy()).to(last.device)
+        mask = torch.arange(seen, device=last.device) <= positions[:, None, None]  # [n, 1, seen]
+        return self.model(last[:, None], positions[:, None], mask, cache.decode(positions, seen))[:, 0]
 
-        hidden = self.model(tokens, cache=cache)
-        return hidden[torch.arange(len(unique), device=device), lengths - 1][copy]
 
-    def _decode(self, slots: list[Slot]) -> Tensor:
-        """One token further in every slot: the hidden states after the last sampled tokens, [n, D]."""
-        device = self.keys[0].device
-        n = len(slots)
-        tokens = torch.tensor([[s.tokens[-1]] for s in slots], device=device)
-        positions = torch.tensor([[s.length] for s in slots], device=device)
-        seen = max(s.length for s in slots) + 1
-        mask = (torch.arange(seen, device=device) <= positions)[:, None]  # [n, 1, seen]
-        rows, columns = torch.arange(n, device=device), positions[:, 0]
-
-        def cache(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            self.keys[layer][rows, :, columns] = k[:, :, 0]
-            self.values[layer][rows, :, columns] = v[:, :, 0]
-            return self.keys[layer][:n, :, :seen], self.values[layer][:n, :, :seen]
-
-        hidden = self.model(tokens, positions, mask, cache)[:, 0]
-        for s in slots:
-            s.length += 1
-        return hidden
-
-    def _sample(self, hidden: Tensor, slots: list[Slot], temperature: float, top_p: float, rng: Rng | None) -> None:
-        """Draw the next token of every slot from hidden [n, D]; ids that do not exist have probability 0."""
-        logits = self.model.unembed(hidden)
-        logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
-        if temperature == 0:
-            tokens = logits.argmax(-1)
-        else:
-            probabilities = logprobs.double().exp()
-            if top_p < 1:
-                probabilities = nucleus(probabilities, top_p)
-            samples = np.array([s.sample for s in slots])
-            u = torch.from_numpy(rng.uniform(samples, np.array([len(s.tokens) for s in slots])))
-            tokens = inverse_cdf(probabilities, u.to(logits.device))
-        chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-        for slot, token, logprob in zip(slots, tokens.tolist(), chosen.tolist()):
-            slot.tokens.append(token)
-            slot.logprobs.append(logprob)
-
-    def _free(self, slots: list[Slot], slot: int) -> None:
-        """Take a sequence out; the last one moves into its place, so that the active slots stay in front."""
-        last = slots.pop()
-        if slot < len(slots):
-            for cache in (*self.keys, *self.values):
-                cache[slot, :, : last.length] = cache[len(slots), :, : last.length]
-            slots[slot] = last
+def sample(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [n, V] fp32, u [n] in [0, 1) float64 -> (token ids [n], their logprobs [n] fp32)."""
+    scaled = (logits / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        probabilities = scaled.double().exp()
+        tokens = inverse_cdf(probabilities if top_p == 1 else nucleus(probabilities, top_p), u)
+    return tokens, scaled.gather(1, tokens[:, None])[:, 0]
 
 
 def inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
     """The first id whose cumulative probability exceeds u: probabilities [n, V] float64, u [n] in [0, 1) -> [n].
 
-    u is scaled by the row's own total, so that rounding can neither run past the end nor pick an id of probability 0.
+    u is scaled by the row's own total, and kept off it, so that rounding can neither run past the end nor pick an
+    id of probability 0.
     """
     cumulative = probabilities.cumsum(-1)
-    target = u[:, None] * cumulative[:, -1:]
+    target = u[:, None] * (1 - 2**-40) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 

@@ -1,8 +1,8 @@
 """Decoder-only language model of the Qwen2/2.5, Qwen3 and Llama families, and a value model on the same trunk.
 
 One file holds all that PPO asks of a model: the forward pass, token logprobs that never hold [tokens, vocabulary]
-whole, rows that share one prompt among several actions, and Hugging Face checkpoints in and out. It knows nothing of
-parallelism: dist.py shards a model from outside. It has no KV cache either: generate.py hands one in as a function.
+whole, rows that share one prompt among several actions, and Hugging Face checkpoints in and out. It knows nothing
+of parallelism: dist.py shards a model from outside. Nor of a KV cache: generate.py hands one in as a function.
 
     model = load_model("Qwen/Qwen2.5-0.5B-Instruct")                     # a directory or a hub id
     hidden = model(tokens)                                               # [B, L, D]
@@ -11,7 +11,7 @@ parallelism: dist.py shards a model from outside. It has no KV cache either: gen
                           source_pos=rows.source_pos, targets=rows.targets, target_mask=rows.target_mask)
 
 Shapes: B rows, L positions in a row, D width, H query heads, G key/value heads, K keys attended to, V vocabulary,
-N = B * n actions (action i lies in row i // n), T tokens in the longest action.
+N = B * n actions (action i lies in row i // n), T tokens in the longest action, M selected tokens.
 
 Not covered, and refused by name: other RoPE scalings than Llama-3's, sliding windows in use, mixture of experts,
 biases outside q, k and v, quantised weights, dropout.
@@ -21,18 +21,18 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_PER_CHUNK = 2**26  # fp32 logits held at once while scoring tokens: 256 MiB, and as much again for gradients
+LOGITS_PER_CHUNK = 2**26  # fp32 logits held at once while scoring tokens: 256 MiB, as much again for gradients
 MAX_FILE_BYTES = 5 * 10**9  # a larger checkpoint is split into several files
 
 # What tells the families apart; everything else is in config.json.
@@ -83,31 +83,29 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: dict) -> "ModelConfig":
-        """Read config.json, in the spelling of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+        """Read config.json as transformers 4 spells it (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
 
         Raises ValueError naming the first feature that this decoder lacks, or the missing key.
         """
         family = hf.get("model_type")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        bias = "attention_bias" if family != "qwen2" else "(none)"  # qwen2's biases are built in
-        refused = {
+        layers = hf.get("layer_types") or ()
+        not_covered = {
             f"model_type {family!r}": family not in FAMILIES,
             f"RoPE scaling {rope_type!r}": rope_type not in ("default", "llama3"),
-            "partial_rotary_factor": (rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1) != 1,
-            "sliding-window attention": hf.get("use_sliding_window", False)
-            or "sliding_attention" in (hf.get("layer_types") or ()),
-            "mixture of experts": (hf.get("num_experts") or hf.get("num_local_experts") or 0) > 0,
+            "partial_rotary_factor": (rope | hf).get("partial_rotary_factor") not in (None, 1),
+            "sliding-window attention": hf.get("use_sliding_window") or "sliding_attention" in layers,
+            "mixture of experts": hf.get("num_experts") or hf.get("num_local_experts"),
             f"hidden_act {hf.get('hidden_act')!r}": hf.get("hidden_act", "silu") != "silu",
-            "attention_bias": hf.get(bias, False),
-            "mlp_bias": hf.get("mlp_bias", False),
-            "attention_dropout": hf.get("attention_dropout") or 0 > 0,
-            "quantised weights": hf.get("quantization_config") is not None,
+            "attention_bias": hf.get("attention_bias") and family != "qwen2",  # qwen2's are part of the family
+            "mlp_bias": hf.get("mlp_bias"),
+            "attention_dropout": hf.get("attention_dropout"),
+            "quantization_config": hf.get("quantization_config"),
         }
-        for feature, present in refused.items():
-            if present:
-                covered = ", ".join(FAMILIES)
-                raise ValueError(f"config.json: {feature} is not covered (covered: {covered}, plain or llama3 RoPE)")
+        for feature in (name for name, present in not_covered.items() if present):
+            families = ", ".join(FAMILIES)
+            raise ValueError(f"config.json: {feature} is not covered; {families} with plain or llama3 RoPE are")
         try:
             heads = hf["num_attention_heads"]
             eos = hf.get("eos_token_id")
@@ -165,7 +163,7 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling is None:
         return frequencies
-    # Llama 3: wavelengths beyond the original context are stretched by `factor`, short ones kept, those between mixed.
+    # Llama 3: wavelengths beyond the original context are stretched by `factor`, short ones kept, others mixed.
     factor, low, high, context = (config.rope_scaling[key] for key in LLAMA3_KEYS)
     turns = context * frequencies / (2 * math.pi)  # rotations within the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -175,10 +173,11 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 def make_rope(config: ModelConfig, positions: Tensor) -> Callable[[Tensor], Tensor]:
     """positions [B, L] -> a function that rotates [B, L, heads, head_dim] in fp32 and returns the input's dtype.
 
-    A closure and not two tensors, since FSDP casts every floating tensor that enters a block to its compute dtype, and
-    bf16 angles are wrong by whole turns far into a context.
+    A closure and not two tensors, since FSDP casts every floating tensor that enters a block to its compute dtype,
+    and bf16 angles are wrong by whole turns far into a context.
     """
-    angles = positions[..., None, None].float() * rope_frequencies(config, positions.device)  # [B, L, 1, head_dim/2]
+    # [B, L, 1, head_dim / 2]
+    angles = positions[..., None, None].float() * rope_frequencies(config, positions.device)
     cos, sin = angles.cos(), angles.sin()
 
     def rotate(x: Tensor) -> Tensor:
@@ -215,20 +214,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotate: Callable, mask: Tensor | None, cache: Callable | None) -> Tensor:
         B, L, _ = x.shape
-        q, k, v = (proj(x).view(B, L, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        head_dim = self.config.head_dim
+        q, k, v = (proj(x).view(B, L, -1, head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q).transpose(1, 2), rotate(k).transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, head_dim]
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q), rotate(k), v))  # [B, heads, L, head_dim]
         if cache is not None:
             k, v = cache(self.index, k, v)  # [B, G, K, head_dim]
 
-        shared = self.config.num_heads // self.config.num_kv_heads  # query heads per key/value head
+        share = self.config.num_heads // self.config.num_kv_heads  # query heads per key/value head
         if L == 1:  # decoding: the query heads of a group are so many queries on the same keys, none is copied
-            out = F.scaled_dot_product_attention(q.view(B, -1, shared, self.config.head_dim), k, v, attn_mask=mask)
+            q = q.view(B, -1, share, head_dim)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+            k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(out.view(B, -1, L, self.config.head_dim).transpose(1, 2).reshape(B, L, -1))
+        return self.o_proj(out.view(B, -1, L, head_dim).transpose(1, 2).reshape(B, L, -1))
 
 
 class MLP(nn.Module):
@@ -253,11 +254,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotate: Callable, mask: Tensor | None, cache: Callable | None, recompute: bool):
-        if recompute:  # here, within the block, so that under FSDP backward gathers the weights once
-            return checkpoint(
-                self.compute, x, rotate, mask, cache, use_reentrant=False, preserve_rng_state=False
-            )
-        return self.compute(x, rotate, mask, cache)
+        if not recompute:
+            return self.compute(x, rotate, mask, cache)
+        # Inside the block, not around it: under FSDP the backward pass then gathers the weights once.
+        return checkpoint(self.compute, x, rotate, mask, cache, use_reentrant=False, preserve_rng_state=False)
 
     def compute(self, x: Tensor, rotate: Callable, mask: Tensor | None, cache: Callable | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotate, mask, cache)
@@ -268,11 +268,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder.
+    """The decoder. Attributes that a caller may set:
 
-    Attributes a caller may set: `checkpoint_blocks` recomputes every block in backward instead of storing it;
-    `valid_vocab` is the number of ids that exist, the ids from there on being excluded from every softmax (checkpoints
-    pad their embedding, and a sampled padding id would have no text).
+    checkpoint_blocks  recompute every block in the backward pass instead of storing its activations
+    valid_vocab        how many ids exist. Checkpoints pad their embedding; the ids from there on are left out of
+                       every softmax, since one that is sampled has no text
     """
 
     def __init__(self, config: ModelConfig):
@@ -299,20 +299,20 @@ class Transformer(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Hidden states, or the logprobs and entropies of `targets`.
 
-        tokens [B, L] int64; positions [B, L] (default: 0, 1, ...); mask bool [B, L, K], True where a query may attend
-        (default: causal, which also serves rows padded on the right); cache(layer, k, v) stores the new keys and values
-        [B, G, L, head_dim] and returns those to attend to, [B, G, K, head_dim].
+        tokens [B, L] int64; positions [B, L] (default 0, 1, ...); mask bool [B, L, K], True where a query may
+        attend (default causal, which also serves rows padded on the right); cache(layer, k, v) stores the new keys
+        and values [B, G, L, head_dim] and returns those to attend to, [B, G, K, head_dim].
 
-        Without targets returns the normalised hidden states [B, L, D]. With targets [N, T], N a multiple of B, the
+        Without targets: the normalised hidden states [B, L, D]. With targets [N, T], N a multiple of B: the
         distribution of targets[i, t] is read at position source_pos[i, t] of row i // (N // B), and the result is
-        (logprobs, entropies), each [N, T] fp32, of the softmax at `temperature` over the ids below `valid_vocab`; both
-        are 0 where target_mask [N, T] is False, and have gradients (zero ones when nothing is selected).
+        (logprobs, entropies), each [N, T] fp32, of the softmax at `temperature` over the ids below valid_vocab.
+        Both are 0 where target_mask [N, T] is False, and have gradients (zero ones when nothing is selected).
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         rotate = make_rope(self.config, positions)
         x = self.embed(tokens)
-        if mask is not None:  # additive, once for all layers; [B, 1, L, K]
+        if mask is not None:  # additive, made once for all layers: [B, 1, L, K]
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, -torch.inf)[:, None]
         recompute = self.checkpoint_blocks and torch.is_grad_enabled()
         for block in self.layers:
@@ -320,24 +320,30 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if targets is None:
             return x
-        selected = select(x, source_pos, target_mask)  # [K, D]
+        selected = select(x, source_pos, target_mask)
         scores = token_scores(selected, targets[target_mask], self.head_weight(), temperature)
         return tuple(scatter(score, target_mask) for score in scores)
 
     def head_weight(self) -> Tensor:
-        """[valid_vocab, D] fp32. Logits are computed in fp32 whatever the model's dtype: rounding them to bf16 moves
+        """[valid_vocab, D] fp32. Logits are fp32 whatever the model's dtype: rounding them to bf16 moves
         probabilities by percents, and differently in sampler and trainer."""
         weight = self.embed.weight if self.lm_head is None else self.lm_head.weight
         return weight[: self.valid_vocab].float()
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., V] fp32, -inf for ids that do not exist."""
-        logits = F.linear(hidden.float(), self.head_weight())
-        return F.pad(logits, (0, self.config.vocab_size - self.valid_vocab), value=-torch.inf)
+        absent = self.config.vocab_size - self.valid_vocab
+        return F.pad(fp32_logits(hidden, self.head_weight()), (0, absent), value=-torch.inf)
+
+
+def fp32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [..., D] of any dtype, weight [V, D] fp32 -> [..., V] fp32, under autocast too."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), weight)
 
 
 def select(hidden: Tensor, source_pos: Tensor, target_mask: Tensor) -> Tensor:
-    """hidden [B, L, D] at the positions that predict the selected targets, [K, D], in the order of the mask."""
+    """hidden [B, L, D] at the positions that predict the selected targets, [M, D], in the order of the mask."""
     rows, actions = hidden.shape[0], source_pos.shape[0]
     assert actions % rows == 0, f"{actions} actions do not divide among {rows} rows"
     row = torch.arange(actions, device=hidden.device)[:, None] // (actions // rows)
@@ -345,41 +351,38 @@ def select(hidden: Tensor, source_pos: Tensor, target_mask: Tensor) -> Tensor:
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """values [K] -> [N, T] fp32 with 0 where the mask is False; keeps the graph even when K is 0."""
+    """values [M] -> [N, T], 0 where the mask is False; keeps the graph even when M is 0."""
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
 
 def token_scores(hidden: Tensor, targets: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Logprob and entropy of each target: hidden [K, D], targets [K], weight [V, D] fp32 -> ([K], [K]) fp32.
+    """Logprob and entropy of each target: hidden [M, D], targets [M], weight [V, D] fp32 -> ([M], [M]) fp32.
 
-    Works through chunks of rows and recomputes each in backward, so that the [K, V] logits never exist at once.
+    Works through chunks of rows and recomputes each in backward, so that the [M, V] logits never exist at once.
     """
     assert temperature > 0, "logprobs need a temperature above 0"
-    if targets.numel() and not weight.is_cuda and int(targets.max()) >= weight.shape[0]:
-        raise ValueError(f"target id {int(targets.max())} is outside the {weight.shape[0]} ids of the vocabulary")
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = F.linear(hidden.float(), weight) / temperature
+        logits = fp32_logits(hidden, weight) / temperature
         log_z = logits.logsumexp(-1)
         entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)
         return logits.gather(1, targets[:, None])[:, 0] - log_z, entropy
 
-    with torch.autocast(hidden.device.type, enabled=False):
-        rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
-        chunks = zip(hidden.split(rows), targets.split(rows))
-        scores = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    size = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    chunks = zip(hidden.split(size), targets.split(size))
+    scores = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     logprobs, entropies = zip(*scores)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
 class ValueModel(nn.Module):
-    """The critic: a trunk of its own and a linear head that starts at zero, so that the first values are exactly 0."""
+    """The critic: a trunk of its own and a linear head that starts at zero, so that its first values are 0."""
 
     def __init__(self, trunk: Transformer):
         super().__init__()
         self.trunk = trunk
         if trunk.lm_head is not None:
-            trunk.lm_head.requires_grad_(False)  # unused here, kept so that a saved critic is a whole checkpoint
+            trunk.lm_head.requires_grad_(False)  # unused, but a saved critic is then a whole checkpoint
         weight = trunk.embed.weight
         self.value_head = nn.Linear(trunk.config.hidden_size, 1, device=weight.device, dtype=weight.dtype)
         for parameter in self.value_head.parameters():
@@ -394,15 +397,20 @@ class ValueModel(nn.Module):
         return self.trunk.layers
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None, mask: Tensor | None, source_pos: Tensor, target_mask: Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        mask: Tensor | None,
+        source_pos: Tensor,
+        target_mask: Tensor,
     ) -> Tensor:
         """Value of the state before each action token, [N, T] fp32, 0 where target_mask is False.
 
         Arguments as in Transformer.forward: the value of an action token is read where that token is predicted.
         """
-        selected = select(self.trunk(tokens, positions, mask), source_pos, target_mask).float()
+        selected = select(self.trunk(tokens, positions, mask), source_pos, target_mask)
         with torch.autocast(selected.device.type, enabled=False):
-            values = F.linear(selected, self.value_head.weight.float(), self.value_head.bias.float())
+            values = F.linear(selected.float(), self.value_head.weight.float(), self.value_head.bias.float())
         return scatter(values[:, 0], target_mask)
 
 
@@ -475,8 +483,8 @@ def pack_rows(prompts: list[list[int]], actions: list[list[list[int]]], pad_id: 
 
 
 def build_model(config: ModelConfig, seed: int) -> Transformer:
-    """A fresh fp32 model: normal(0, 0.02) weights, the two projections into the residual stream scaled down by the
-    square root of their number (GPT-2), so that depth does not blow up the stream. Equal seeds give equal bits."""
+    """A fresh fp32 model with weights from normal(0, 0.02), those of the two projections into the residual stream
+    scaled down by the root of their number (GPT-2), so that depth does not blow it up. Equal seeds, equal bits."""
     model = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -498,16 +506,16 @@ def init_empty(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Trans
 def hf_name(name: str) -> str:
     """Name of a parameter in a Hugging Face checkpoint: embed.weight -> model.embed_tokens.weight."""
     name = name.removeprefix("trunk.")
-    if name.startswith("embed."):
-        name = "embed_tokens." + name.removeprefix("embed.")
-    return name if name.startswith("lm_head.") else "model." + name
+    if name.startswith(("lm_head.", "value_head.")):
+        return name
+    return "model." + name.replace("embed.", "embed_tokens.", 1)
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """A local directory as it is; a hub id ("owner/name") is downloaded. ValueError when it is neither."""
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
-            raise ValueError(f"{path} holds no config.json: give a directory that save_model or transformers wrote")
+            raise ValueError(f"{path} holds no config.json: give a directory of save_model or transformers")
         return Path(path)
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise ValueError(f"{path} is neither a directory nor a hub id like Qwen/Qwen2.5-0.5B-Instruct")
@@ -526,45 +534,48 @@ def read_config(path: str | Path) -> ModelConfig:
     return replace(config, eos_ids=tuple(dict.fromkeys([*config.eos_ids, *more])))
 
 
-def weight_files(path: Path) -> dict[str, Path]:
-    """{Hugging Face tensor name: file}, from the index of a checkpoint in several files, or from its only one."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = path / "model.safetensors"
-    if not single.is_file():
-        raise ValueError(f"{path} holds no model.safetensors (older .bin checkpoints: save them with transformers)")
-    with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
+def stored_tensors(path: Path) -> dict[str, Callable]:
+    """{name: function that opens the tensor as a slice} of a checkpoint, in one file or several; a critic's head
+    has the names value_head.weight and .bias. Nothing is read yet."""
+    head = path / "value_head.safetensors"
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} holds no model*.safetensors (of .bin files, transformers makes some)")
+    tensors = {}
+    for file in (*files, *([head] if head.is_file() else [])):
+        opened = safe_open(file, "pt")  # memory-mapped
+        prefix = "value_head." if file == head else ""
+        tensors |= {prefix + name: partial(opened.get_slice, name) for name in opened.keys()}  # noqa: SIM118
+    return tensors
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Fill a model from a checkpoint directory. Of a sharded (DTensor) parameter only this rank's rows are read.
+def load_weights(model: "Transformer | ValueModel", path: str | Path) -> None:
+    """Fill a model from a checkpoint; of a sharded (DTensor) parameter only this rank's rows are read.
 
-    Raises ValueError naming the first parameter that the checkpoint lacks or has in another shape.
+    The head of a ValueModel is zero where the checkpoint is a plain language model's.
+    Raises ValueError naming the first tensor that is missing, misshapen, or without a place here.
     """
-    files = weight_files(find_checkpoint(path))
-    by_file: dict[Path, list] = {}
+    tensors = stored_tensors(find_checkpoint(path))
     for name, parameter in model.named_parameters():
-        if name.startswith("value_head."):
-            continue
         hf = hf_name(name)
-        if hf not in files:
-            raise ValueError(f"{path}: the checkpoint has no tensor {hf}")
-        by_file.setdefault(files[hf], []).append((hf, parameter))
-    for file, wanted in by_file.items():
-        with safe_open(file, "pt") as opened:
-            for hf, parameter in wanted:
-                source = opened.get_slice(hf)
-                if list(source.get_shape()) != list(parameter.shape):
-                    raise ValueError(f"{path}: {hf} has shape {source.get_shape()}, expected {list(parameter.shape)}")
-                if isinstance(parameter, DTensor):
-                    local = parameter.to_local()
-                    first = shard_offset(parameter)
-                    local.copy_(source[first : first + local.shape[0]])
-                else:
-                    parameter.copy_(source[:])
+        if hf not in tensors:
+            if not hf.startswith("value_head."):
+                raise ValueError(f"{path}: the checkpoint has no tensor {hf}")
+            parameter.zero_()
+            continue
+        stored = tensors.pop(hf)()
+        if list(stored.get_shape()) != list(parameter.shape):
+            raise ValueError(f"{path}: {hf} has shape {stored.get_shape()}, expected {list(parameter.shape)}")
+        if isinstance(parameter, DTensor):
+            local = parameter.to_local()
+            first = shard_offset(parameter)
+            local.copy_(stored[first : first + local.shape[0]])
+        else:
+            parameter.copy_(stored[:])
+    for hf in tensors:  # what is left: copies of tied heads, and buffers of old checkpoints
+        if hf != "lm_head.weight" and not hf.startswith("value_head.") and not hf.endswith("rotary_emb.inv_freq"):
+            raise ValueError(f"{path}: this decoder has no place for the tensor {hf}")
 
 
 def shard_offset(parameter: DTensor) -> int:
@@ -577,7 +588,7 @@ def shard_offset(parameter: DTensor) -> int:
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
     """The model of a Hugging Face directory or hub id, whole on one device.
 
-    Raises ValueError for a path that is neither, a feature that is not covered, a missing or misshapen tensor.
+    Raises ValueError for a path that is neither, a feature that is not covered, and as load_weights does.
     """
     path = find_checkpoint(path)
     model = init_empty(read_config(path), dtype).to_empty(device=device)
@@ -586,22 +597,23 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu
 
 
 def load_value_model(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> ValueModel:
-    """A critic: its head from value_head.safetensors, or zero where the directory is a plain model's."""
+    """A critic: what save_value_model wrote, or a plain model's trunk with a head that is zero."""
     path = find_checkpoint(path)
-    critic = ValueModel(load_model(path, dtype, device))
-    head = path / "value_head.safetensors"
-    if head.is_file():
-        critic.value_head.load_state_dict(load_file(head, device=str(device)))
+    critic = ValueModel(init_empty(read_config(path), dtype)).to_empty(device=device)
+    load_weights(critic, path)
     return critic
 
 
 def save_model(model: Transformer, path: str | Path, state_dict: dict | None = None, tokenizer=None) -> None:
-    """Write a directory that transformers' from_pretrained loads: config.json, model*.safetensors, tokenizer files.
+    """Write a directory that transformers' from_pretrained loads: config.json, model*.safetensors, tokenizer.
 
     state_dict: the whole parameters on the CPU, when `model` itself is sharded (dist.full_state_dict).
+    config.json comes last: a directory that has none was cut short and does not load.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    for stale in (path / "config.json", *path.glob("model*.safetensors*")):
+        stale.unlink(missing_ok=True)
     state = model.state_dict() if state_dict is None else state_dict
     tensors = {hf_name(name): tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     files: list[dict] = [{}]
@@ -617,20 +629,20 @@ def save_model(model: Transformer, path: str | Path, state_dict: dict | None = N
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
         (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     for file, part in zip(names, files):
-        save_file(part, str(path / file), metadata={"format": "pt"})
+        save_file(part, path / file, metadata={"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     (path / "config.json").write_text(json.dumps(model.config.to_hf() | {"torch_dtype": dtype}, indent=1))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(path))
 
 
 def save_value_model(critic: ValueModel, path: str | Path, state_dict: dict | None = None) -> None:
-    """The trunk as `save_model` writes it, and value_head.safetensors."""
+    """The trunk as save_model writes it, and value_head.safetensors."""
     state = critic.state_dict() if state_dict is None else state_dict
-    trunk = {name.removeprefix("trunk."): t for name, t in state.items() if name.startswith("trunk.")}
-    save_model(critic.trunk, path, trunk)
-    head = {k.removeprefix("value_head."): t for k, t in state.items() if k.startswith("value_head.")}
-    save_file({k: t.detach().contiguous().cpu() for k, t in head.items()}, str(Path(path) / "value_head.safetensors"))
+    head = {name: state[f"value_head.{name}"].detach().contiguous().cpu() for name in ("weight", "bias")}
+    Path(path).mkdir(parents=True, exist_ok=True)
+    save_file(head, Path(path) / "value_head.safetensors")
+    save_model(critic.trunk, path, {name: t for name, t in state.items() if name.startswith("trunk.")})
 
 
 # ---------------------------------------------------------------------------------------------- a tokenizer of our own
@@ -640,30 +652,34 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = r" ?\p{L}+|\n+| ?[^\s\p{L}\p{N}]+|\s"  # a word, newlines, punctuation: merges stay within one of them
+# A word, one digit, newlines, punctuation, indentation: merges stay within one of them.
+WORDS = r" ?\p{L}+|\p{N}|\n+| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|\s"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, special: tuple[str, ...] = SPECIAL):
     """A byte-level BPE tokenizer for a model from scratch, as transformers' PreTrainedTokenizerFast.
 
-    Digits stay single and no merge crosses words, so that line numbers and names have one spelling. The chat template
-    is ChatML; the last special token ends a reply, the first one pads. The same texts give the same tokenizer.
+    Digits stay single and no merge crosses words, so that line numbers and names have one spelling. The chat
+    template is ChatML; the last special token ends a reply, the first one pads. Any text round-trips, and the same
+    texts give the same tokenizer. Saved beside a model, it reads back the same for the families llama and qwen3;
+    for qwen2, transformers 5 cuts words by a rule of its own.
+
+    Raises ValueError when vocab_size leaves no room for the 256 bytes and the special tokens.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    if vocab_size < 256 + len(special):
+        raise ValueError(f"vocab_size {vocab_size} is below 256 bytes + {len(special)} special tokens")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    cut = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[-1], pad_token=special[0])

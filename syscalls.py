@@ -8,11 +8,10 @@ tables of what a sandboxed script may not call.
 import contextlib
 import ctypes
 import os
-import platform
 import struct
 import sys
 
-MACHINE = platform.machine() if sys.platform == "linux" else ""
+MACHINE = os.uname().machine if sys.platform == "linux" else ""
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}.get(MACHINE, 0)
 SUPPORTED = bool(AUDIT_ARCH) and struct.calcsize("P") == 8 and sys.byteorder == "little"
 
@@ -139,23 +138,10 @@ def pivot_root(new: str, old: str) -> None:
     call("pivot_root", os.fsencode(new), os.fsencode(old))
 
 
-def make_read_only(path: str, mountinfo: str, noexec: bool = False) -> None:
-    """Read-only, nosuid, nodev, for a mount and all below it. Flags are only ever added.
-
-    mountinfo: where this process's /proc/self/mountinfo is, for kernels without mount_setattr (5.12).
-    """
-    flags = MS_RDONLY | MS_NOSUID | MS_NODEV | (MS_NOEXEC if noexec else 0)
-    try:  # the MOUNT_ATTR_ bits of these four equal the MS_ bits
-        attributes = struct.pack("QQQQ", flags, 0, 0, 0)
-        call("mount_setattr", -100, os.fsencode(path), 0x8000, attributes, len(attributes))
-    except OSError:
-        with open(mountinfo) as file:
-            points = [line.split()[4].encode().decode("unicode_escape") for line in file]
-        for point in points:
-            if point == path or point.startswith(path + "/"):
-                kept = os.statvfs(point).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC | 0x1C00)
-                kept = (kept & 0xF) | {0: 0, 0x1000: 0x200000}.get(kept & 0x1000, 0)
-                mount(None, point, None, MS_REMOUNT | MS_BIND | flags | kept)
+def mount_setattr(path: str, flags: int) -> None:
+    """Add MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC to a mount and all mounts below it (Linux 5.12)."""
+    attributes = struct.pack("QQQQ", flags, 0, 0, 0)  # the MOUNT_ATTR_ bits of these four equal the MS_ bits
+    call("mount_setattr", -100, os.fsencode(path), 0x8000, attributes, len(attributes))
 
 
 def drop_capabilities(uid: int | None) -> None:

@@ -662,4 +662,4 @@ def forget_old(out: Path, keep: int) -> None:
 
 
 if __name__ == "__main__":
-    config.main(main, user_errors=(tasks.TaskError, PromptTooLong))
+    config.main(main, user_errors=(tasks.TaskError, PromptTooLong, dist.CheckpointError))

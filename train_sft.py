@@ -301,4 +301,4 @@ def remove_checkpoints(folder: Path, keep: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    config.main(main, user_errors=(tasks.TaskError, PromptTooLong))
+    config.main(main, user_errors=(tasks.TaskError, PromptTooLong, dist.CheckpointError))

@@ -13,6 +13,7 @@ holds the answers, `manifest.json` the fingerprint of both. The answers are spli
 is the two together.
 """
 
+import copy
 import csv
 import functools
 import hashlib
@@ -169,9 +170,7 @@ class Task:
     def require_prepared(self) -> None:
         if not self.is_prepared():
             what = "are out of date" if self.manifest() else "are missing"
-            raise TaskError(
-                f"the data of {self.name} {what}; run: python -m tasks prepare {self.name}"
-            )
+            raise TaskError(f"the data of {self.name} {what}; run: python -m tasks prepare {self.name}")
 
     # --- scores ---
 
@@ -185,8 +184,9 @@ class Task:
             raise ValueError(f"part must be one of {', '.join(PARTS)}, not {part!r}")
         truth, predictions, answers = aligned(self, submission)
         rows = answers.parts[part]
-        score = METRICS[self.metric].function(truth[rows], predictions[rows])
-        if not math.isfinite(score):  # e.g. the square of 1e200
+        with np.errstate(over="ignore"):  # of the square of 1e200, which is refused below
+            score = METRICS[self.metric].function(truth[rows], predictions[rows])
+        if not math.isfinite(score):
             raise InvalidSubmission(f"the {self.metric} of these values is not a finite number")
         return score
 
@@ -203,11 +203,12 @@ class Task:
 
     def delta(self, m: float, part: str = "all") -> float:
         """The paper's relative gain, beta (m - m_init) / m_init; beta = -1 where less is better."""
-        beta = -1 if self.lower_is_better else 1
-        initial = self.initial_score[part]
+        beta, initial = -1 if self.lower_is_better else 1, self.scale(part).initial
         return beta * (m - initial) / initial
 
     def scale(self, part: str = "all") -> Scale:
+        if self.best_score is None:
+            raise TaskError(f"{self.name} is not measured; run: python -m tasks measure {self.name} --write")
         return Scale(self.initial_score[part], self.best_score, self.noise, self.lower_is_better)
 
 
@@ -248,6 +249,12 @@ def load(name: str) -> Task:
 
 
 def _read_yaml(path: Path):
+    return copy.copy(_parse_yaml(path, path.stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_yaml(path: Path, mtime_ns: int):
+    """Parsed once per version of the file: a training step loads its tasks hundreds of times."""
     try:
         return yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -274,9 +281,7 @@ def prepare(name: str, raw: Path | None = None) -> dict:
         (temporary / "private").mkdir(mode=0o700)
         _module(task).prepare(raw, temporary / "public", temporary / "private")
         files = {
-            str(path.relative_to(temporary)): sha256(path)
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
+            str(path.relative_to(temporary)): sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()
         }
         fingerprint = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         manifest = {"recipe": _recipe(task), "fingerprint": fingerprint, "files": files}
@@ -381,14 +386,12 @@ def _parse(task: Task, submission: bytes, ids: tuple[str, ...]) -> np.ndarray:
         header = next(reader, [])
         if sorted(header) != sorted(expected):
             raise InvalidSubmission(
-                f"submission.csv must have the columns {_short(','.join(expected))}, "
-                f"not {_short(','.join(header))}"
+                f"submission.csv must have the columns {_short(','.join(expected))}, not {_short(','.join(header))}"
             )
         for row in reader:
             if len(row) != len(header):
                 raise InvalidSubmission(
-                    f"line {reader.line_num} of submission.csv has {len(row)} fields, "
-                    f"not {len(header)}"
+                    f"line {reader.line_num} of submission.csv has {len(row)} fields, not {len(header)}"
                 )
             rows.append(row)
             if len(rows) > len(ids):
@@ -404,9 +407,7 @@ def _parse(task: Task, submission: bytes, ids: tuple[str, ...]) -> np.ndarray:
     try:
         order = np.array([position[id_] for id_ in ids])
     except KeyError as error:
-        raise InvalidSubmission(
-            f"submission.csv lacks the {task.id_column} {_short(error.args[0])}"
-        ) from None
+        raise InvalidSubmission(f"submission.csv lacks the {task.id_column} {_short(error.args[0])}") from None
     takes = METRICS[task.metric].takes
     if takes == "ranking":
         ranked = np.empty(len(ids), dtype=object)  # of lists, which may all be equally long

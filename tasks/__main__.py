@@ -53,11 +53,12 @@ def list_tasks(args) -> int:
     for name in tasks.names():
         task = tasks.load(name)
         metric = f"{task.metric} {'down' if task.lower_is_better else 'up'}"
-        numbers = [f"{x:.5g}" for x in (task.initial_score["all"], task.best_score, task.noise)]
+        numbers = ["-"] * 3
+        if task.best_score is not None:
+            scale = task.scale()
+            numbers = [f"{x:.5g}" for x in (scale.initial, scale.best, scale.noise)]
         data = "ready" if task.is_prepared() else "stale" if task.manifest() else "-"
-        print(
-            row.format(name, task.suite, task.split, task.modality, task.kind, metric, *numbers, data)
-        )
+        print(row.format(name, task.suite, task.split, task.modality, task.kind, metric, *numbers, data))
     return 0
 
 

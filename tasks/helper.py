@@ -27,7 +27,7 @@ SCORES = {
     "rmsle": lambda y, p: metrics.root_mean_squared_error(np.log1p(y), np.log1p(p)),
     "pearson": lambda y, p: np.corrcoef(y, p)[0, 1],
     "qwk": lambda y, p: metrics.cohen_kappa_score(
-        y, p, weights="quadratic", labels=np.arange(min(y), max(y) + 1)
+        y, p, weights="quadratic", labels=np.arange(min(*y, *p), max(*y, *p) + 1)
     ),
 }
 

@@ -50,9 +50,7 @@ def run(task: tasks.Task, script: str, pool) -> Run:
         if result.reason != "ok":
             return Run(result.reason, None, result.wall_s, output)
         try:
-            submission = sandbox.safe_read(
-                workspace, "submission.csv", tasks.MAX_SUBMISSION_BYTES
-            )
+            submission = sandbox.safe_read(workspace, "submission.csv", tasks.MAX_SUBMISSION_BYTES)
             scores = {part: task.score(submission, part) for part in tasks.PARTS}
         except (sandbox.SubmissionError, tasks.InvalidSubmission) as error:
             return Run("bad_submission", None, result.wall_s, output + str(error))
@@ -120,9 +118,7 @@ def combine(task: tasks.Task, script: str, ideas: list, alone: dict, noise: floa
 
     beam = []
     for block in tasks.AXES:
-        singles = [
-            ((i,), alone[i.text]) for i in ideas if i.block == block and alone[i.text].scores
-        ]
+        singles = [((i,), alone[i.text]) for i in ideas if i.block == block and alone[i.text].scores]
         beam += sorted(singles, key=quality, reverse=True)[: BEAM // 3]
     best = max([*beam, ((), alone[None])], key=quality)
     for _ in tasks.AXES[1:]:

@@ -85,7 +85,8 @@ def test_values_are_converted_where_nothing_is_lost_and_nowhere_else(tmp_path):
     assert cfg.coder == Coder("http://x", 100) and cfg.seeds == [3]
     assert load(tmp_path, text, "clip=null", "coder=null").clip is None
     for override in ("seed=1.0", "seed=true", "seed='1'", "resume=1", "lr=fast", "lr=true", "lr=.nan",
-                     "name=3", "name=off", "level=true", "clip=[1]", "clip=[1,2,3]", "tasks=a", "tasks=[1]", "limits=3",
+                     "name=3", "name=off", "level=true",
+                     "clip=[1]", "clip=[1,2,3]", "tasks=a", "tasks=[1]", "limits=3",
                      "agent=3", "agent.thought=loud", "agent.thought=null", "seeds=[1.5]"):  # fmt: skip
         key, _, _ = override.partition("=")
         message = refusal(tmp_path, text, override)

@@ -4,7 +4,6 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -194,20 +193,21 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 SHARES = [[0, 1, 2, 3], [4]]  # the rows of each rank: 10 and 4 tokens
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return str(s.getsockname()[1])
+def meeting_point(world):
+    """(store, variables): as torchrun does, this process serves the store, on a port that is surely free."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    return store, {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
+                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
 
 
 def run_ranks(worker, *args, world=2):
     """worker(rank, *args) in `world` processes with a group; a hang ends in an error within a minute."""
-    mp.spawn(_start, (worker, world, free_port(), args), nprocs=world)
+    _store, variables = meeting_point(world)
+    mp.spawn(_start, (worker, world, variables, args), nprocs=world)
 
 
-def _start(rank, worker, world, port, args):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "localhost", "MASTER_PORT": port}  # fmt: skip
+def _start(rank, worker, world, variables, args):
+    os.environ |= variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     here = dist.init("cpu", timeout_minutes=1)
     assert (here.rank, here.world, here.is_main) == (rank, world, rank == 0)
@@ -392,7 +392,8 @@ def test_a_hang_shows_its_stack_and_ends_with_an_error():
         print("ready", flush=True)
         time.sleep(60) if here.rank else dist.barrier()
         """)
-    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    _store, variables = meeting_point(2)
+    env = os.environ | variables
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     command = [sys.executable, "-c", script]
     ranks = [subprocess.Popen(command, env=env | {"RANK": str(rank)}, **pipe) for rank in (0, 1)]

@@ -201,7 +201,7 @@ def test_one_rank_equals_two(run_dir):
     a, b = metrics(run_dir, "one"), metrics(run_dir, "two")
     assert [r["reward"] for r in a] == [r["reward"] for r in b]
     assert np.allclose([r["kl"] for r in a], [r["kl"] for r in b], atol=1e-5)
-    error = train(run_dir, "two", steps=4, code=1).stderr  # two ranks' checkpoint, one rank
+    error = train(run_dir, "two", steps=4, code=2).stderr  # two ranks' checkpoint, one rank
     assert "2 process" in error
 
 

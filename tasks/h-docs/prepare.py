@@ -19,14 +19,15 @@ PHOTOS = {"train": ("gravel", "grass", "brick"), "test": ("gravel", "grass", "co
 def clean_page(text, size):
     """A page [HEIGHT, WIDTH] uint8: black letters on white."""
     page = Image.new("L", (WIDTH, HEIGHT), 255)
-    font, draw, line = ImageFont.load_default(size), ImageDraw.Draw(page), ""
-    lines = []
+    font, draw = ImageFont.load_default(size), ImageDraw.Draw(page)
+    lines = [""]
     for word in text.split():
-        if draw.textlength(f"{line} {word}", font=font) > WIDTH - 8 and line:
-            lines, line = [*lines, line], word
+        wider = f"{lines[-1]} {word}".strip()
+        if draw.textlength(wider, font=font) <= WIDTH - 8:
+            lines[-1] = wider
         else:
-            line = f"{line} {word}".strip()
-    for number, line in enumerate([*lines, line]):
+            lines.append(word)
+    for number, line in enumerate(lines):
         draw.text((4, 2 + number * (size + 2)), line, fill=0, font=font)
     return np.asarray(page)
 
