@@ -126,7 +126,7 @@ def parse_reply(reply: str, cfg: AgentConfig) -> Action:
         raise InvalidAction(f"the input of {name} needs exactly the keys {list(wanted)}, got {list(args)}")
     for key, value in args.items():
         is_line = key.endswith("_line_number")
-        if is_line and (not str(value).lstrip("-").isdigit() or isinstance(value, bool)):
+        if is_line and (isinstance(value, bool) or not re.fullmatch(r"-?[0-9]{1,9}", str(value))):
             raise InvalidAction(f"{key} must be a whole number, got {value!r}")
         if not is_line and not isinstance(value, str):
             raise InvalidAction(f"{key} must be text, got {value!r}")
@@ -156,14 +156,14 @@ def _parse_object(text: str) -> tuple[dict, str]:
     try:
         value, end = json.JSONDecoder(strict=False).raw_decode(text)
         return value, text[end:]
-    except json.JSONDecodeError as error:
-        reason = f"the JSON of 'Action Input' is broken: {error.msg} at character {error.pos}"
+    except (ValueError, RecursionError) as error:
+        reason = f"the JSON of 'Action Input' is broken: {error}"
     # Single quotes, trailing commas: try the shortest prefix that ends in a brace, on one line only.
     line = text.split("\n", 1)[0][:2000]
     for end in (i + 1 for i, c in enumerate(line) if c == "}"):
         try:
             value = ast.literal_eval(line[:end])
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
             return value, text[end:]

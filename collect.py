@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 import config
+import sandbox
 import tasks
 from agent import Action, AgentConfig, State, format_reply, parse_reply
 from environment import Environment, Episode, Experiment, SandboxConfig, initial_state, transition
@@ -40,7 +41,7 @@ class Config:
     trajectories: int = 300  # executed trajectories (the paper: 10,000)
     expert: str = "scripted"  # scripted: needs no model
     max_steps: int = 15  # actions an episode may take (paper B.3)
-    max_minutes: float = 30  # minutes an episode may take (paper B.3)
+    max_minutes: float = 30  # minutes of experiments an episode may take (paper B.3)
     keep_ideas: bool = False  # leave the sampled ideas in the saved task text; acting has none
     renamed_copies: int = 0  # copies of each trajectory with other variable names, for models from scratch
     agent: AgentConfig = field(default_factory=AgentConfig)
@@ -257,4 +258,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.main(main, user_errors=(tasks.TaskError,))
+    config.main(main, user_errors=(tasks.TaskError, sandbox.SandboxError))

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -95,7 +94,8 @@ class Environment:
     def __init__(self, cfg: AgentConfig, box: SandboxConfig, cache_dir: Path | None, part="reward"):
         self.cfg, self.part = cfg, part
         self.cache_dir = Path(cache_dir) if cache_dir else None
-        self.workers = box.workers or len(os.sched_getaffinity(0))
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun that share this machine
+        self.workers = box.workers or max(1, len(os.sched_getaffinity(0)) // ranks)
         self.pool = sandbox.Pool(
             self.workers,
             preload=box.preload,
@@ -122,6 +122,7 @@ class Environment:
         """
         task.require_prepared()
         parts = [task.name, task.manifest()["fingerprint"], script, files, task.helpers(), task.limits]
+        parts += [task.metric, task.columns, task.classes, self.pool.tier, self.cfg.max_output_chars]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         with self.lock:
             future = self.running.get(key)
@@ -156,8 +157,8 @@ class Environment:
         return Experiment(Outcome(row["outcome"]), row["output"], row["scores"], row["seconds"])
 
     def _store(self, key: str, result: Experiment) -> None:
-        # Our own failures are never stored: the next attempt must be a real one.
-        if not self.cache_dir or result.outcome is Outcome.INTERNAL:
+        # Our own failures are never stored, nor timeouts, which a busy machine can cause: they are tried again.
+        if not self.cache_dir or result.outcome in (Outcome.INTERNAL, Outcome.TIMEOUT):
             return
         path = self.cache_dir / key[:2] / f"{key}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,6 +233,7 @@ class Transition:
     before: float
     after: float | None
     seconds: float = 0.0
+    truncated: bool = False  # the reply was cut off
 
 
 def transition(state: State, reply: str, env: Environment, truncated: bool = False) -> Transition:
@@ -261,12 +263,12 @@ def transition(state: State, reply: str, env: Environment, truncated: bool = Fal
     ]
     score = state.score if after is None else after
     new = replace(state, messages=messages, score=score, step=state.step + 1, **changed)
-    return Transition(new, action, outcome, feedback, state.score, after, seconds)
+    return Transition(new, action, outcome, feedback, state.score, after, seconds, truncated)
 
 
 def _check_name(name: str) -> str:
     path = os.path.normpath(name)
-    if path.startswith(("/", "..")) or "\x00" in name or len(name) > 200:
+    if path.startswith(("/", "..")) or not re.fullmatch(r"[ -~]{1,200}", name):
         raise InvalidAction(f"{name[:60]!r} is outside the working directory")
     return path
 
@@ -287,7 +289,7 @@ def _readable(name: str, state: State, task: "tasks.Task") -> str:
 
 def _editable(name: str, state: State, task: "tasks.Task") -> str:
     path = _check_name(name)
-    if path in task.helpers() or path.startswith("data"):
+    if path in task.helpers() or path.split("/")[0] == "data":
         raise InvalidAction(f"{path} is read-only")
     if path not in state.files:
         raise InvalidAction(f"there is no script {name[:60]!r}")
@@ -315,7 +317,7 @@ def _list_files(state, action, task, env):
 def _copy_file(state, action, task, env):
     text = _readable(action.args["source"], state, task)
     target = _check_name(action.args["destination"])
-    if target in task.helpers() or target == "." or target.split("/")[0] == "data":
+    if target in (*task.helpers(), ".", "submission.csv") or target.split("/")[0] == "data":
         raise InvalidAction(f"{target} is read-only")
     if len(state.files) >= MAX_FILES and target not in state.files:
         raise InvalidAction(f"there are {MAX_FILES} files already")
@@ -414,17 +416,18 @@ class Episode:
 
     state: State
     steps: list[Transition] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-    end: str = ""  # final | steps | minutes | overflow | internal ; empty while it runs
+    end: str = ""  # final | truncated | steps | minutes | overflow | internal ; empty while it runs
 
     def add(self, step: Transition, max_steps: int, max_minutes: float) -> None:
         self.steps.append(step)
         self.state = step.state
         if step.outcome in (Outcome.FINAL, Outcome.INTERNAL):
             self.end = step.outcome.value
+        elif step.truncated:  # terminal: a policy that does not stop must not profit from going on
+            self.end = "truncated"
         elif len(self.steps) >= max_steps:
             self.end = "steps"
-        elif time.monotonic() - self.started > 60 * max_minutes:
+        elif sum(s.seconds for s in self.steps) > 60 * max_minutes:  # its own experiments, cached or not
             self.end = "minutes"
 
 

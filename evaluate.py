@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 
 import config
 import dist
+import sandbox
 import tasks
 from agent import AgentConfig, PromptTooLong, state_from_row
 from environment import Environment, Episode, SandboxConfig, initial_state, transition
@@ -50,7 +51,7 @@ class Config:
     heldout_tasks: tuple[str, ...] | None = None  # null = every held-out task of the micro suite
     episodes: int = 8  # per task and model (paper 5.1)
     max_steps: int = 15  # actions an episode may take
-    max_minutes: float = 30.0
+    max_minutes: float = 30.0  # minutes of experiments
     expert: bool = True  # a reference row: the scripted expert
     best_idea: bool = True  # a reference row: each idea tried alone on the starter
     draws: int = 0  # step-wise rollouts on this many states of the pool, per model
@@ -120,11 +121,11 @@ def play_expert(names: list[str], cfg: Config, env: Environment) -> list[dict]:
             step = transition(episode.state, expert.reply(episode.state, outcome), env)
             episode.add(step, cfg.max_steps, cfg.max_minutes)
             outcome = step.outcome
-        return episode_row(task, episode, k)
+        return episode_row(task, episode, k) if episode.end != "internal" else None
 
     jobs = [(name, k) for name in names for k in range(cfg.episodes)]
     with ThreadPoolExecutor(4 * env.workers) as threads:
-        return list(threads.map(one, jobs))
+        return [row for row in threads.map(one, jobs) if row]
 
 
 def best_single_idea(name: str, env: Environment, cfg: Config) -> dict:
@@ -170,7 +171,7 @@ def mean_error(values: list[float]) -> tuple[float, float]:
 def summarise_task(task: "tasks.Task", rows: list[dict]) -> dict:
     """avg@k, best@k, gain and Delta of one model on one task."""
     scores = [row["score"] for row in rows]
-    best = None
+    best = scores[0] if scores else float("nan")
     for score in scores:
         best = score if task.better(score, best) else best
     gain, error = mean_error([task.gain(s, "eval") for s in scores])
@@ -190,6 +191,7 @@ def summarise_task(task: "tasks.Task", rows: list[dict]) -> dict:
 
 def mean_over_tasks(summaries: list[dict]) -> dict:
     """Mean over tasks; the tasks are fixed, so the error is that of the episodes alone."""
+    summaries = [s for s in summaries if s["k"]]  # a task none of whose episodes ran (our own failures)
     if not summaries:
         return {}
     errors = [s["gain_se"] for s in summaries]
@@ -341,13 +343,19 @@ def main():
         for name, path in bar:
             file = out / f"{name}.json"
             done = json.loads(file.read_text()) if file.exists() else {}
-            if done.get("path") != path or done.get("settings") != json.loads(json.dumps(settings)):
+            files = sorted(Path(path).glob("model*.safetensors"))
+            weights = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+            if (
+                done.get("weights") != weights
+                or done.get("path") != path
+                or done.get("settings") != json.loads(json.dumps(settings))
+            ):
                 tokenizer = AutoTokenizer.from_pretrained(path)
                 model = load_model(path, torch.bfloat16 if bf16 else torch.float32, ctx.device)
                 model.valid_vocab = len(tokenizer)
                 with torch.no_grad():
                     policy = Policy(model, tokenizer, env, cfg.sampling)
-                    done = {"path": path, "settings": settings}
+                    done = {"path": path, "weights": weights, "settings": settings}
                     done["episodes"] = play_model(policy, [*heldin, *heldout], cfg, ctx)
                     if cfg.draws:
                         policy.env = training_env
@@ -377,4 +385,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.main(main, user_errors=(tasks.TaskError, PromptTooLong))
+    config.main(main, user_errors=(tasks.TaskError, PromptTooLong, sandbox.SandboxError))

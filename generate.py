@@ -26,7 +26,7 @@ from torch import Tensor
 
 from model import Transformer, fp32_logits
 
-PREFILL_TOKENS = 8192  # padded prompt tokens in one forward pass
+PREFILL_TOKENS = 4096  # padded prompt tokens in one forward pass
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,11 @@ class KVCache:
     def decode(self, positions: Tensor, seen: int) -> Callable:
         """For Transformer.forward on one token for each of the first rows, at positions [n], all below `seen`."""
         n = len(positions)
-        rows = torch.arange(n, device=positions.device)
+        at = (torch.arange(n, device=positions.device), slice(None), positions)
 
         def cache(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             keys, values = self.layers[layer]
-            keys[rows, :, positions] = k[:, :, 0]
-            values[rows, :, positions] = v[:, :, 0]
+            keys[at], values[at] = k[:, :, 0], v[:, :, 0]
             return keys[:n, :, :seen], values[:n, :, :seen]
 
         return cache
@@ -226,7 +225,7 @@ class Generator:
     def _decode(self, cache: KVCache, last: Tensor, length: np.ndarray) -> Tensor:
         """One token further in the first rows: the hidden states [n, D] of the last sampled tokens [n]."""
         seen = int(length.max()) + 1
-        positions = torch.from_numpy(length.copy()).to(last.device)
+        positions = torch.tensor(length, device=last.device)
         mask = torch.arange(seen, device=last.device) <= positions[:, None, None]  # [n, 1, seen]
         return self.model(last[:, None], positions[:, None], mask, cache.decode(positions, seen))[:, 0]
 

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import gc
 import importlib
+import importlib.machinery
 import os
 import select
 import signal
@@ -77,6 +78,7 @@ def supervise(job: dict, lifeline: socket.socket) -> dict | None:
         os.close(out)
         os.close(err)
         walls.init(job, limits, control_end, out_end, err_end)
+        job["control"] = control_end
         return None
     control_end.close()
     os.close(out_end)
@@ -308,14 +310,46 @@ def serve(control: socket.socket, preload: list[str]) -> socket.socket:
 
 
 def become(job: dict) -> None:
-    """In the payload of a warm run: what `python script.py ...` would do."""
+    """In the payload of a warm run: what `python script.py ...` would do. Does not return."""
+    control = job["control"]
+    try:
+        path = os.path.join(job["box"], job["argv"][1])
+        known = prepare_interpreter(job, path)
+        send(control, ["started"])
+    except BaseException as error:  # the boundary: this was not the script's doing
+        send(control, ["failed", f"{type(error).__name__}: {error}"])
+        os._exit(1)
+    control.close()
+    code = 0
+    try:
+        with open(path, "rb") as file:
+            source = file.read()
+    except OSError as error:
+        text = f"{sys.executable}: can't open file {path!r}: [Errno {error.errno}] {error.strerror}"
+        print(text, file=sys.stderr)
+        os._exit(2)
+    try:
+        exec(compile(source, path, "exec", dont_inherit=True), vars(sys.modules["__main__"]))
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException as error:  # printed as the interpreter does, without this frame
+        error = error.with_traceback(error.__traceback__.tb_next)
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    finish(code or 0, known, job["box"])
+
+
+def prepare_interpreter(job: dict, path: str) -> set[str]:
+    """The state of a fresh interpreter, but for the server's imports. -> the names of those"""
     os.environ.clear()
     os.environ.update(job["env"])
     sys.argv = job["argv"][1:]
-    path = os.path.join(job["box"], sys.argv[0])
     sys.path.insert(0, os.path.dirname(path))
     for name in ("monitor", "syscalls", "walls"):  # a script may have modules of these names
-        sys.modules.pop(name, None)
+        sys.modules.pop(name)
     importlib.invalidate_caches()
     if "tempfile" in sys.modules:
         sys.modules["tempfile"].tempdir = None  # found anew, in the new environment
@@ -329,37 +363,20 @@ def become(job: dict) -> None:
     main.__loader__ = importlib.machinery.SourceFileLoader("__main__", path)
     main.__builtins__ = builtins
     sys.modules["__main__"] = main
-    try:
-        with open(path, "rb") as file:
-            source = file.read()
-    except OSError as error:
-        text = f"{sys.executable}: can't open file {path!r}: [Errno {error.errno}] {error.strerror}"
-        print(text, file=sys.stderr)
-        sys.exit(2)
-    code = 0
-    try:
-        exec(compile(source, path, "exec", dont_inherit=True), main.__dict__)
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException as error:  # printed as the interpreter does, without this frame
-        error = error.with_traceback(error.__traceback__.tb_next)
-        sys.excepthook(type(error), error, error.__traceback__)
-        code = 1
-    if not isinstance(code, int | None):
-        print(code, file=sys.stderr)
-        code = 1
-    finish(code or 0, known)
+    return known
 
 
-def finish(code: int, known: set[str]) -> None:
-    """End the script as the interpreter would: wait for threads, call exit functions, drop the script's modules
-    (which closes its files). Only the server's modules are left standing: to take them down takes 0.1 s."""
+def finish(code: int, known: set[str], box: str) -> None:
+    """End the script as the interpreter would: wait for threads, call exit functions, drop its own modules (which
+    closes their files). Imported libraries are left standing: to take them down takes 0.1 s."""
     threading = sys.modules.get("threading")
     if threading:
         threading._shutdown()
     atexit._run_exitfuncs()
-    for name in [name for name in sys.modules if name not in known or name == "__main__"]:
-        vars(sys.modules.pop(name)).clear()
+    for name in {*sys.modules} - known | {"__main__"}:
+        module = sys.modules[name]
+        if name == "__main__" or (getattr(module, "__file__", None) or "").startswith(box + "/"):
+            vars(sys.modules.pop(name)).clear()
     sys.last_type = sys.last_value = sys.last_traceback = None
     gc.collect()
     for stream in (sys.stdout, sys.stderr):

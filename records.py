@@ -78,10 +78,10 @@ def states_of(row: dict) -> list[State]:
     return states
 
 
-def truncate_log(path: Path, step: int) -> None:
+def truncate_log(path: Path, step: int, key: str = "step") -> None:
     """Drop the rows of a log that lie behind `step`: a run that resumes there writes them again."""
     if path.exists():
-        rows = [row for row in read_jsonl(path, repair=True) if row["step"] <= step]
+        rows = [row for row in read_jsonl(path, repair=True) if row[key] <= step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.replace(path)

@@ -64,6 +64,14 @@ class Policy:
         kept = tokens[:-1] if tokens and tokens[-1] in self.eos else tokens
         return self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)
 
+    def fits(self, state: State) -> bool:
+        """Whether a state's prompt keeps to the limit, its history left out if need be."""
+        try:
+            encode_state(state, self.cfg, self.tokenizer)
+        except PromptTooLong:
+            return False
+        return True
+
     def sample(self, prompts: list[list[int]], rng: Rng, ids: list[int]) -> Iterator:
         """Completions as they end. `ids` name the samples: the same id draws the same random numbers."""
         s = self.sampling

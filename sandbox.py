@@ -91,7 +91,7 @@ class SubmissionError(Exception):
 
 
 def run(
-    argv: Sequence[str], workspace, *, limits=Limits(), read_only=(), hidden=(), env=None, gpus=(),  # noqa: B008
+    argv: Sequence[str], workspace, *, limits=Limits(), read_only=(), hidden=(), env=None, gpus=(),
     tier: str | None = None, allow_weak=False,
 ) -> Result:  # fmt: skip
     """Run one command in an interpreter of its own; blocks until its whole process tree is dead.
@@ -130,7 +130,7 @@ class Pool:
         self._server((1, (), self.tier != "landlock"))  # so that a preload that cannot work fails here
 
     def submit(
-        self, argv, workspace, *, limits=Limits(), read_only=(), hidden=(), env=None, gpus=()  # noqa: B008
+        self, argv, workspace, *, limits=Limits(), read_only=(), hidden=(), env=None, gpus=()
     ) -> "Future[Result]":
         """`run`, in the background. Wrong arguments raise here, not in the future."""
         job = _job(argv, workspace, limits, read_only, hidden, env, gpus, self.tier)
@@ -490,7 +490,7 @@ def probe(name: str) -> Tier:
         else:
             known = EVERYTHING if name == "bare" else set()
             if name == "landlock" and abi < 6:
-                known = {"an abstract socket", "a signal to a process"} | ({"the network"} if abi < 4 else set())
+                known = {"an abstract socket", "a signal to a process"}
             error, reached = _release_canary(name)
             text = f"the canary reached {', '.join(sorted(reached)) or 'nothing'}"
             tier = Tier(name, not error and reached <= known, bool(known), error or text)

@@ -26,7 +26,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +38,7 @@ from transformers import AutoTokenizer
 import config
 import dist
 import rl
+import sandbox
 import tasks
 from agent import AgentConfig, PromptTooLong, State, encode_state, state_from_row
 from environment import Environment, SandboxConfig, initial_state
@@ -111,6 +112,12 @@ class Config:
     def __post_init__(self):
         if min(self.states_per_step, self.samples_per_state, self.epochs, self.minibatches) < 1:
             raise ValueError("states_per_step, samples_per_state, epochs and minibatches must be positive")
+        if self.minibatches > self.states_per_step:
+            raise ValueError(f"minibatches must not exceed states_per_step = {self.states_per_step}")
+        if self.kl_target is not None and not (self.kl_target > 0 and self.kl_coef > 0):
+            raise ValueError("kl_target needs kl_coef > 0 to start from")
+        if min(self.clip_low, self.clip_high) < 0 or (self.dual_clip is not None and self.dual_clip <= 1):
+            raise ValueError("clip_low and clip_high must not be negative, dual_clip must be above 1")
         if self.sampling.top_p != 1 or self.sampling.temperature <= 0:
             raise ValueError("training samples with top_p = 1 and temperature > 0: else the ratio is not 1")
         if self.advantage not in ("gae", "reinforce") and self.samples_per_state < 2:
@@ -236,7 +243,8 @@ class Batch:
                     continue
                 new = self.values(model, packed) if model is critic else self.logprobs(model, packed)[0]
                 if rows:
-                    matrix[rows, : new.shape[1]] = torch.where(mask, new, 0.0)
+                    # Values also where an action does not train: an episode may need the one before our own failure.
+                    matrix[rows, : new.shape[1]] = new if model is critic else torch.where(mask, new, 0.0)
         return out
 
 
@@ -298,7 +306,7 @@ def accumulate_gradients(batch: Batch, groups: list[Group], old: Old, models: di
                 cfg.loss_agg,
                 denom,
             )
-            stat["policy_loss"] = loss.detach() * denom  # a sum, as all stats are
+            stat["policy_loss"] = loss.detach() * tokens  # mean_stats divides by the tokens
             stat["entropy"] = rl.masked_sum(entropy.detach(), mask)
             if cfg.entropy_coef:
                 loss = loss - cfg.entropy_coef * rl.aggregate(entropy, mask, cfg.loss_agg, denom)
@@ -350,17 +358,17 @@ class StatePool:
             round_, offset = divmod(position, len(self.expert))
             order = np.random.default_rng([self.cfg.seed, 3 + salt, round_]).permutation(len(self.expert))
             chosen.append(self.expert[order[offset]])
-        if self.own:
+        if self.own and not salt:  # a salted draw is an evaluation's: the expert's states, always the same
             rng = np.random.default_rng([self.cfg.seed, 4 + salt, step])
             for i in np.flatnonzero(rng.random(count) < self.cfg.own_share):
                 chosen[i] = self.own[rng.integers(len(self.own))]
         return chosen
 
-    def remember(self, rollouts: list[Rollout]) -> None:
+    def remember(self, rollouts: list[Rollout], policy: Policy) -> None:
         """Keep the states that edits which ran have led to, the newest four steps' worth. COLLECTIVE."""
         if self.cfg.own_share:
             new = [r.step.state for r in rollouts if r.step.outcome is Outcome.OK_EDIT]
-            new = [s for s in new if s.step < self.cfg.max_steps]
+            new = [replace(s, source="policy") for s in new if s.step < self.cfg.max_steps and policy.fits(s)]
             for part in dist.gather_objects(new):
                 self.own += part
             self.own = self.own[-4 * self.cfg.states_per_step :]
@@ -389,7 +397,11 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(init)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     actor = load_model(init, dtype=torch.float32, device=ctx.device)
-    reference = load_model(init, dtype=compute, device=ctx.device).requires_grad_(False) if cfg.kl_coef else None
+    alone = ctx.world == 1  # nothing casts then: fp32 throughout, the reference too, or KL would start at rounding
+    reference = None
+    if cfg.kl_coef:
+        kind = torch.float32 if alone else compute
+        reference = load_model(init, dtype=kind, device=ctx.device).requires_grad_(False)
     critic = None
     if cfg.advantage == "gae":
         critic = load_value_model(cfg.critic_init or init, dtype=torch.float32, device=ctx.device)
@@ -506,7 +518,7 @@ def main():
             if critic and cfg.rollout == "step":  # one action, then the rollout is over: no bootstrap
                 advantages, returns = rl.gae(token_rewards, values, batch.mask, cfg.gamma, cfg.lam)
             elif critic:
-                bootstrap = episode_bootstrap(ends, batch, critic, policy)
+                bootstrap = episode_bootstrap(ends, spans, values, batch, critic, policy)
                 wide = [across_episode(m, spans) for m in (token_rewards, values, batch.mask)]
                 wide = rl.gae(*wide, cfg.gamma, cfg.lam, bootstrap)
                 advantages, returns = (per_action(m, spans, batch.shape) for m in wide)
@@ -548,7 +560,7 @@ def main():
             lap("update")
 
             # 6 Log, evaluate, save.
-            pool.remember(rollouts)
+            pool.remember(rollouts, policy)
             described = [describe(r, value, env.part) for r, value in zip(rollouts, rewards)]
             everything = [row for part in dist.gather_objects(described) for row in part]
             row = {"step": step + 1, **summarise(everything), "kl_coef": kl_control.coef}
@@ -590,10 +602,13 @@ def main():
     dist.close()
 
 
-def episode_bootstrap(episodes, batch: Batch, critic, policy: Policy) -> torch.Tensor:
-    """[E]: V of the state in which an episode was cut off by steps or minutes; 0 where it ended by itself.
-    COLLECTIVE."""
-    cut = [e for e, episode in enumerate(episodes) if episode.end in ("steps", "minutes")]
+def episode_bootstrap(episodes, spans, values, batch: Batch, critic, policy: Policy) -> torch.Tensor:
+    """[E]: what follows an episode's last action. V of the next state where steps or minutes cut the episode off; V of
+    the failed action's own state where we failed (nothing is known of what would have followed); else 0. COLLECTIVE.
+    """
+    cut = [
+        e for e, episode in enumerate(episodes) if episode.end in ("steps", "minutes") and policy.fits(episode.state)
+    ]
     bootstrap = torch.zeros(len(episodes), device=batch.device)
     groups = [Group(encode_state(episodes[e].state, policy.cfg, policy.tokenizer), [[batch.pad]], [e], e) for e in cut]
     with torch.no_grad():
@@ -662,4 +677,4 @@ def forget_old(out: Path, keep: int) -> None:
 
 
 if __name__ == "__main__":
-    config.main(main, user_errors=(tasks.TaskError, PromptTooLong, dist.CheckpointError))
+    config.main(main, user_errors=(tasks.TaskError, PromptTooLong, dist.CheckpointError, sandbox.SandboxError))

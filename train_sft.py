@@ -31,7 +31,7 @@ import dist
 import tasks
 from agent import AgentConfig, PromptTooLong, encode_state, encode_text, render
 from model import ModelConfig, build_model, load_model, save_model, train_tokenizer
-from records import append_rows, claim, read_jsonl, require_checkpoint, states_of
+from records import append_rows, claim, read_jsonl, require_checkpoint, states_of, truncate_log
 
 
 @dataclass(frozen=True)
@@ -191,13 +191,16 @@ def main():
     ctx = dist.init()
     data = Path("runs") / cfg.run / "data" / "trajectories.jsonl"
     out = Path("runs") / cfg.run / "sft"
-    rows = read_jsonl(data)
+    share = cfg.batch_size // ctx.world
+    if share * ctx.world != cfg.batch_size:
+        raise config.UserError(f"batch_size = {cfg.batch_size} must be a multiple of {ctx.world} ranks")
+    rows = sorted(read_jsonl(data), key=lambda row: (row["index"], row["copy"]))  # collect writes them as they end
     if not rows:
         raise config.UserError(f"{data} is empty: run collect.py first")
     if ctx.is_main:
         claim(out, cfg, ignore=("micro_batch_tokens", "save_every", "eval_every", "checkpoint_blocks"))
     dist.barrier()
-    if (out / "model.safetensors.index.json").exists() or (out / "model.safetensors").exists():
+    if (out / "config.json").exists():  # written last
         dist.print0(f"{out} is finished already; remove it to train again")
         return
 
@@ -217,7 +220,7 @@ def main():
     updates = min(updates, cfg.max_updates) if cfg.max_updates else updates
 
     bf16 = ctx.device.type == "cuda" if cfg.dtype == "auto" else cfg.dtype == "bf16"
-    model = dist.shard(model, torch.bfloat16 if bf16 else torch.float32)
+    model = dist.shard(model, torch.bfloat16 if bf16 else torch.float32)  # one process alone computes in fp32
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.weight_decay
     )
@@ -226,6 +229,8 @@ def main():
     if latest:
         start = dist.load_checkpoint(latest, {"model": model}, {"adam": optimizer})["update"]
         dist.print0(f"resumed {latest}")
+    if ctx.is_main:
+        truncate_log(out / "metrics.jsonl", start, key="update")
     parameters = sum(p.numel() for p in model.parameters())
     lengths = [len(p) + len(r) for p, r in train]
     dist.print0(
@@ -243,9 +248,6 @@ def main():
         if ctx.is_main:
             remove_checkpoints(out, keep=path)
 
-    share = cfg.batch_size // ctx.world
-    if share * ctx.world != cfg.batch_size:
-        raise config.UserError(f"batch_size = {cfg.batch_size} must be a multiple of {ctx.world} ranks")
     log: list[dict] = []
     bar = tqdm(total=updates, initial=start, desc="sft", disable=not sys.stderr.isatty())
     with dist.graceful_stop() as stop_requested:

@@ -57,7 +57,7 @@ def init(job: dict, limits: SimpleNamespace, control: socket.socket, out: int, e
 
     Tells the monitor: ["root"] with descriptors of the run's disk and shared memory (ns), ["started"],
     ["ended", wait status, CPU seconds, peak bytes, pids that would not die], or ["failed", why].
-    Returns only in the payload of a warm run, behind all walls; everywhere else the process ends.
+    Returns only in the payload of a warm run, behind all walls but with `control`; else the process ends.
     """
     ns, scoped = job["tier"] == "ns", False
     try:
@@ -140,13 +140,12 @@ def payload(job: dict, limits: SimpleNamespace, control: socket.socket, out: int
             sc.landlock(landlock_rules(job), job["abi"])
         same_user = job["tier"] == "landlock" and job["uid"] is None
         sc.seccomp(same_user, job["gpu"], job["abi"] or 3)
-    send(control, ["started"])
     os.closerange(3, control.fileno())
     os.closerange(control.fileno() + 1, 4096)
     if job["warm"]:
-        control.close()
-    else:  # control closes with the exec
-        os.execvpe(job["argv"][0], job["argv"], job["env"])
+        return
+    send(control, ["started"])
+    os.execvpe(job["argv"][0], job["argv"], job["env"])  # which closes control
 
 
 def set_kernel_limits(limits: SimpleNamespace, gpu: bool, lonely: bool) -> None:

@@ -1,0 +1,219 @@
+"""Fine-tuning: batches and losses against plain loops, and whole runs in fresh processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import train_sft
+from generate import Generator
+from model import ModelConfig, build_model, load_model
+from train_sft import batch_loss, collate, learning_rate, micro_batches, weight_of
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = [([5, 6, 7], [8, 9]), ([5], [6, 7, 8]), ([1, 2, 3, 4, 5], [9])]
+
+
+def tiny_model():
+    return build_model(ModelConfig("qwen2", 12, 16, 32, 1, 2, 2, 8, tie_word_embeddings=True), 0)
+
+
+def test_weights_cover_the_reply_and_its_end():
+    tokens, weights = collate(EXAMPLES, 0.25, 0, "cpu")
+    assert tokens[1].tolist() == [5, 6, 7, 8, 0, 0]
+    assert weights[0].tolist() == [0.25, 0.25, 1, 1, 0]
+    assert weights[1].tolist() == [1, 1, 1, 0, 0]
+    assert weights.sum().item() == weight_of(EXAMPLES, 0.25)
+
+
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.3])
+def test_the_loss_is_that_of_a_plain_loop_at_any_micro_batch_size(prompt_weight):
+    model = tiny_model()
+    expected = torch.zeros(())
+    for prompt, reply in EXAMPLES:
+        ids = prompt + reply
+        logp = model.unembed(model(torch.tensor([ids])))[0].log_softmax(-1)
+        for t in range(1, len(ids)):
+            weight = 1.0 if t >= len(prompt) else prompt_weight
+            expected = expected - weight * logp[t - 1, ids[t]]
+    expected.backward()
+    gradient = model.embed.weight.grad.clone()
+    for limit in (1, 9, 1000):
+        model.zero_grad()
+        total = 0.0
+        for group in micro_batches(EXAMPLES, limit):
+            loss = batch_loss(model, group, prompt_weight, 0, "cpu")
+            loss.backward()
+            total += loss.item()
+        assert total == pytest.approx(expected.item(), rel=1e-5)
+        assert torch.allclose(model.embed.weight.grad, gradient, atol=1e-5)
+
+
+def test_the_cosine():
+    cfg = train_sft.Config(run="x", lr=1.0, warmup=0.1)
+    rates = [learning_rate(u, 100, cfg) for u in range(100)]
+    assert rates[0] == pytest.approx(1 / 11) and max(rates) == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+# ------------------------------------------------------------------------------------------ whole runs
+
+REPLY = 'Thought: tree {i}\nAction: Final Answer\nAction Input: {{"final_answer": "{i}"}}'
+
+
+def trajectory(i: int) -> dict:
+    text = f"the task\nvalidation rmsle 0.3{i % 3}"
+    reply = REPLY.format(i=i % 3)
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+    step = {"action": "Final Answer", "reply": reply, "outcome": "final", "score": None, "seconds": 0}
+    step |= {"files": {"train.py": f"x = {i % 3}\n"}, "undo": {}}
+    return {
+        "index": i,
+        "copy": 0,
+        "task": "m-concrete",
+        "messages": [*messages, {"role": "user", "content": "The episode has ended."}],
+        "steps": [step],
+        "initial_score": 0.3,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft")
+    for run in ("whole", "killed", "ranks", "broken"):
+        data = folder / "runs" / run / "data"
+        data.mkdir(parents=True)
+        (data / "trajectories.jsonl").write_text("".join(json.dumps(trajectory(i)) + "\n" for i in range(20)))
+    (folder / "c.yaml").write_text(json.dumps({"train_sft": {}}))
+    return folder
+
+
+KEYS = {
+    "max_updates": 60,
+    "epochs": 100,
+    "batch_size": 6,
+    "lr": "1e-2",
+    "heldout": 0.1,
+    "eval_every": 20,
+    "save_every": 5,
+    "prompt_weight": 0.1,
+    "agent.prompt": "brief",
+    "agent.thought": "short",
+    "model.vocab_size": 320,
+    "model.layers": 1,
+    "model.width": 32,
+    "model.heads": 2,
+}
+
+
+def command(folder: Path, run: str, ranks: int = 1, **keys) -> dict:
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    options = [f"{k}={v}" for k, v in {"run": run, **KEYS, **keys}.items()]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    args = [*launch, str(ROOT / "train_sft.py"), "--config", str(folder / "c.yaml"), *options]
+    return {"args": args, "cwd": folder, "env": env, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    done = subprocess.run(**command(folder, "whole"), timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "runs" / "whole" / "sft"
+
+
+def test_the_model_learns_the_replies_and_to_stop(whole):
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [r["update"] for r in rows] == list(range(1, 61))
+    assert rows[-1]["loss"] < 0.2 * rows[0]["loss"] and rows[-1]["heldout_loss"] < 0.5
+    tokenizer, model = AutoTokenizer.from_pretrained(whole), load_model(whole)
+    row = trajectory(1)
+    cfg = train_sft.AgentConfig(prompt="brief", thought="short")
+    prompt = train_sft.encode_state(train_sft.states_of(row)[0], cfg, tokenizer)
+    (completion,) = Generator(model, (tokenizer.eos_token_id,), 1, 400).stream([prompt], 100, 0.0)
+    assert completion.finish == "stop"
+    assert tokenizer.decode(completion.tokens[:-1]) == row["steps"][0]["reply"]
+
+
+def test_a_killed_run_resumes_bit_for_bit(folder, whole):
+    process = subprocess.Popen(**command(folder, "killed"))
+    out = folder / "runs" / "killed" / "sft"
+    deadline = time.monotonic() + 100
+    while not list(out.glob("step_[1-9]*/checkpoint.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / "model.safetensors").exists(), "killed before the end"
+    done = subprocess.run(**command(folder, "killed"), timeout=200)
+    assert done.returncode == 0 and "resumed" in done.stdout, done.stderr[-2000:]
+    one, two = load_file(whole / "model.safetensors"), load_file(out / "model.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    again = subprocess.run(**command(folder, "killed"), timeout=100)
+    assert again.returncode == 0 and "finished already" in again.stdout
+
+
+def test_sigterm_saves_and_says_so(folder):
+    import shutil
+
+    shutil.rmtree(folder / "runs" / "killed" / "sft")
+    process = subprocess.Popen(**command(folder, "killed", max_updates=100000, epochs=100000))
+    out = folder / "runs" / "killed" / "sft"
+    deadline = time.monotonic() + 100
+    while not list(out.glob("step_*/checkpoint.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(out.glob("step_*/checkpoint.json"))
+
+
+def test_two_ranks_equal_one(folder, whole):
+    done = subprocess.run(**command(folder, "ranks", ranks=2), timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (
+        load_file(whole / "model.safetensors"),
+        load_file(folder / "runs" / "ranks" / "sft" / "model.safetensors"),
+    )
+    losses = [
+        [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (whole, folder / "runs" / "ranks" / "sft")
+    ]
+    assert losses[0][:10] == pytest.approx(losses[1][:10], rel=1e-4)
+    assert max((one[k] - two[k]).abs().max().item() for k in one) < 0.05  # 60 Adam steps amplify rounding
+
+
+@pytest.mark.parametrize(
+    ("content", "keys", "reason"),
+    [
+        ("", {}, "empty"),
+        ("nonsense\n", {}, "line 1"),
+        (None, {}, "does not exist"),
+        ("ok", {"batch_size": 64}, "fewer than batch_size"),
+        ("ok", {"agent.max_prompt_tokens": 5}, "max_prompt_tokens"),
+        ("ok", {"model.path": "nowhere"}, "nowhere"),
+        ("ok", {"lrr": 1}, "lrr"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, content, keys, reason):
+    import shutil
+
+    shutil.rmtree(folder / "runs" / "broken" / "sft", ignore_errors=True)
+    path = folder / "runs" / "broken" / "data" / "trajectories.jsonl"
+    path.unlink(missing_ok=True)
+    if content == "ok":
+        path.write_text("".join(json.dumps(trajectory(i)) + "\n" for i in range(20)))
+    elif content is not None:
+        path.write_text(content)
+    done = subprocess.run(**command(folder, "broken", **keys), timeout=100)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1 and reason in lines[0], done.stderr[-2000:]
