@@ -42,11 +42,12 @@ class Rng:
         A chain of SplitMix64 finalisers (Steele et al. 2014), which turn close integers into unrelated ones.
         """
         state = np.zeros(np.broadcast_shapes(np.shape(samples), np.shape(positions)), np.uint64)
-        for word in (self.seed, self.step, samples, positions):
-            x = state + np.asarray(word).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = x ^ (x >> np.uint64(31))
+        with np.errstate(over="ignore"):  # arithmetic modulo 2^64
+            for word in (self.seed, self.step, samples, positions):
+                x = state + np.asarray(word).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+                x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+                x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+                state = x ^ (x >> np.uint64(31))
         return (state >> np.uint64(11)) * 2.0**-53
 
 
@@ -128,10 +129,22 @@ class Generator:
         temperature 0 is greedy (logprobs then at temperature 1) and needs no rng. sample_ids name the samples for
         the random numbers; default: their positions.
 
-        Raises ValueError for an empty prompt, one that does not fit max_len, or sampling without an rng.
+        Raises ValueError for an empty prompt, one that does not fit max_len, and options that make no sense.
         """
-        self._check(prompts, max_new_tokens, temperature, top_p, rng)
         ids = np.arange(len(prompts)) if sample_ids is None else np.asarray(sample_ids)
+        if temperature > 0 and rng is None:
+            raise ValueError("sampling needs rng=Rng(seed, step); temperature=0 is greedy")
+        if not 0 < top_p <= 1 or max_new_tokens < 1 or temperature < 0:
+            raise ValueError("generation needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1")
+        if len(ids) != len(prompts):
+            raise ValueError(f"{len(ids)} sample_ids for {len(prompts)} prompts")
+        for i, prompt in enumerate(prompts):
+            room = self.max_len - max_new_tokens
+            if not 1 <= len(prompt) <= room:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones in max_len = "
+                    f"{self.max_len}, between 1 and {room} fit"
+                )
         waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i])))
         S, T = min(self.max_batch, len(prompts)), max_new_tokens
         cache = KVCache(self.model.config.num_layers, S, max(map(len, prompts), default=0) + T)
@@ -188,23 +201,15 @@ class Generator:
                         state[row] = state[n]
                 yield done
 
-    def _check(self, prompts, max_new_tokens, temperature, top_p, rng) -> None:
-        if temperature > 0 and rng is None:
-            raise ValueError("sampling needs rng=Rng(seed, step); temperature=0 is greedy")
-        if not 0 < top_p <= 1 or max_new_tokens < 1 or temperature < 0:
-            raise ValueError("generation needs temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1")
-        for i, prompt in enumerate(prompts):
-            if not prompt or len(prompt) + max_new_tokens > self.max_len:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones in max_len = {self.max_len}, "
-                    f"between 1 and {self.max_len - max_new_tokens} fit"
-                )
-
     def _take(self, waiting: deque, prompts: list[list[int]], room: int) -> list[int]:
-        """The next prompts that fit into the free rows and, padded to the first, into one forward pass."""
+        """The next prompts that fit into the free rows and, repeats aside, into one forward pass."""
         taken = [waiting.popleft()]
-        most = min(room, PREFILL_TOKENS // len(prompts[taken[0]]))
-        while waiting and len(taken) < most:
+        most = PREFILL_TOKENS // len(prompts[taken[0]])  # padded to the first, the longest
+        unique = 1
+        while waiting and len(taken) < room:
+            unique += prompts[waiting[0]] != prompts[taken[-1]]
+            if unique > max(1, most):
+                break
             taken.append(waiting.popleft())
         return taken
 

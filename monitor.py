@@ -1,7 +1,7 @@
 """The processes of the sandbox between the trainer and a script (see sandbox.py); trusted, outside the walls.
 
     monitor FD            one run: its job comes through the socket FD, its result goes back
-    server FD MODULE...   imports the modules, then forks a monitor for each socket that it is sent
+    server FD BASE MODULE...   imports the modules, then forks a monitor for each socket it is sent
 
 A monitor enforces the limits by sampling and by its pipes, kills the tree when its script ends, when a limit is
 reached or when the trainer is gone, and brings the outputs home.
@@ -68,8 +68,10 @@ def supervise(job: dict, lifeline: socket.socket) -> dict | None:
         job["uid"] += os.getpid() % (1 << 22 if job["uid"] > 1 << 16 else 4000)
     if ns:
         walls.enter_pid_namespace()
-    elif LINUX:
-        syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
+    else:
+        walls.make_locked(job["home"])
+        if LINUX:
+            syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     (out, out_end), (err, err_end), (control, control_end) = os.pipe(), os.pipe(), socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -146,11 +148,12 @@ def supervise(job: dict, lifeline: socket.socket) -> dict | None:
         code = os.waitstatus_to_exitcode(status)
         reason = verdict(code, streams[err].tail or streams[err].head, meter)
     walls.collect(job, meter.fds)
-    if lost:  # nobody will remove the workspaces
-        walls.sweep(patience=2.0)
+    if lost:  # nobody else will remove the workspaces
+        walls.sweep(job["base"], patience=2.0)
     texts = [stream.text() for stream in streams.values()]
     if not ns:
-        texts = [text.replace(os.fsencode(job["workspace"]), os.fsencode(BOX)) for text in texts]
+        for path, name in (job["home"], "/tmp"), (job["workspace"], BOX):
+            texts = [text.replace(path.encode(), name.encode()) for text in texts]
     return {
         "reason": reason, "exit_code": code, "stdout": texts[0].decode(errors="replace"),
         "stderr": texts[1].decode(errors="replace") + message, "wall_s": stopped - (started or stopped),
@@ -165,7 +168,8 @@ def verdict(code: int, stderr: bytes, meter: "Meter") -> str:
     last_line = stderr.decode(errors="replace").strip().rpartition("\n")[2]
     for words, reason in LAST_WORDS.items():
         if code > 0 and words in last_line:
-            return reason
+            full = reason == "disk" and meter.shared_bytes() > 0.9 * (meter.limits.memory_mb << 20)
+            return "memory" if full else reason  # /dev/shm is memory
     if code == -signal.SIGXCPU or meter.cpu > meter.limits.cpu_s:
         return "cpu"
     if code == -signal.SIGXFSZ or meter.disk_full(look_now=True):
@@ -202,13 +206,8 @@ class Meter:
 
     def sample(self) -> str:
         """Measure; the limit that is exceeded, or nothing."""
-        limits, uid, shared = self.limits, self.job["uid"], 0
-        table = walls.processes(self.init_pid)
+        limits, shared, table = self.limits, self.shared_bytes(), walls.processes(self.init_pid)
         top = table.pop(self.init_pid, None)
-        if self.fds:
-            shared = used(self.fds[1])[0]
-        elif self.job["tier"] == "landlock" and uid is not None:
-            shared = sum(e.stat(follow_symlinks=False).st_blocks << 9 for e in walls.shared_memory(uid))
         self.memory = shared + sum(p.rss for p in table.values())
         if self.memory > limits.memory_mb << 20:  # pages shared by forks were counted once for each
             self.memory = shared + sum(proportional(pid, p.rss) for pid, p in table.items())
@@ -225,6 +224,15 @@ class Meter:
             return "disk"
         return "cpu" if self.cpu > limits.cpu_s else ""
 
+    def shared_bytes(self) -> int:
+        """In /dev/shm."""
+        uid = self.job["uid"]
+        if self.fds:
+            return used(self.fds[1])[0]
+        if self.job["tier"] == "landlock" and uid is not None:
+            return sum(e.stat(follow_symlinks=False).st_blocks << 9 for e in walls.shared_memory(uid))
+        return 0
+
     def disk_full(self, look_now: bool = False) -> bool:
         size, entries = self.limits.disk_mb << 20, walls.max_entries(self.limits)
         if self.fds:
@@ -233,7 +241,7 @@ class Meter:
         began = time.monotonic()
         if self.job["tier"] == "ns" or (began < self.next_walk and not look_now):
             return False
-        full = exceeds(self.job["workspace"], size, entries)
+        full = exceeds([self.job["workspace"], self.job["home"]], size, entries)
         self.next_walk = time.monotonic() + 20 * (time.monotonic() - began)  # at most 5 % of the time
         return full
 
@@ -251,9 +259,8 @@ def proportional(pid: int, rss: int) -> int:
     return rss
 
 
-def exceeds(top: str, size: int, entries: int) -> bool:
-    """Whether a directory holds more than that; one with paths too long to look at does."""
-    todo = [top]
+def exceeds(todo: list[str], size: int, entries: int) -> bool:
+    """Whether directories hold more than that together; one with paths too long to look at does."""
     while todo:
         try:
             with os.scandir(todo.pop()) as listing:
@@ -273,7 +280,7 @@ def exceeds(top: str, size: int, entries: int) -> bool:
 # ---- warm start ---------------------------------------------------------------------------------------------
 
 
-def serve(control: socket.socket, preload: list[str]) -> socket.socket:
+def serve(control: socket.socket, base: str, preload: list[str]) -> socket.socket:
     """Import, then fork a monitor for each request. Returns only in those forks, with their lifeline."""
     try:
         for name in preload:
@@ -299,7 +306,7 @@ def serve(control: socket.socket, preload: list[str]) -> socket.socket:
             word, fds = b"", []
         if not fds:
             if not word:  # the trainer is dead
-                walls.sweep(patience=2.0)
+                walls.sweep(base, patience=2.0)
             os._exit(0)
         if os.fork() == 0:
             control.close()
@@ -395,5 +402,5 @@ def main() -> None:
     role, lifeline = sys.argv[1], socket_from(int(sys.argv[2]))
     del sys.path[0]  # this repository is not for scripts to import
     if role == "server":
-        lifeline = serve(lifeline, sys.argv[3:])
+        lifeline = serve(lifeline, sys.argv[3], sys.argv[4:])
     become(run_job(lifeline))

@@ -28,12 +28,13 @@ limit can be overshot between two samples.
 
 import contextlib
 import dataclasses
-import fcntl
 import os
+import queue
 import re
 import socket
 import stat
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from dataclasses import dataclass
 import syscalls
 import walls
 from monitor import SETUP_S
-from walls import BOX, KILL_S, LINUX, receive, remove, send, sweep
+from walls import BOX, KILL_S, LINUX, receive, remove, send
 
 MAX_ABI = 6  # the newest Landlock that is used; a test lowers it
 
@@ -120,14 +121,15 @@ class Pool:
     """
 
     def __init__(self, workers: int, preload: Sequence[str] = (), tier: str | None = None, allow_weak=False):
-        from concurrent.futures import ThreadPoolExecutor
-        from threading import Lock
-
         self.tier, self.preload = choose_tier(tier, allow_weak), tuple(preload)
         sweep()
-        self._lock, self._servers, self._running = Lock(), {}, set()
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
+        self._jobs, self._lock = queue.SimpleQueue(), threading.Lock()
+        self._servers, self._running, self._closed = {}, set(), False
         self._server((1, (), self.tier != "landlock"))  # so that a preload that cannot work fails here
+        # Daemons, unlike a ThreadPoolExecutor's: a trainer that ends does not wait for its experiments.
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(
         self, argv, workspace, *, limits=Limits(), read_only=(), hidden=(), env=None, gpus=()
@@ -135,8 +137,20 @@ class Pool:
         """`run`, in the background. Wrong arguments raise here, not in the future."""
         job = _job(argv, workspace, limits, read_only, hidden, env, gpus, self.tier)
         job["warm"] = len(argv) > 1 and job["argv"][0] == sys.executable and argv[1].endswith(".py") and not env
-        key = limits.threads, tuple(gpus), job["shm"]
-        return self._threads.submit(self._run, job, key)
+        future: Future = Future()
+        if self._closed:
+            raise RuntimeError("the pool is closed")
+        self._jobs.put((future, job, (limits.threads, tuple(gpus), job["shm"])))
+        return future
+
+    def _work(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            future, *arguments = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._run(*arguments))
+                except BaseException as error:  # for whoever waits; this thread goes on
+                    future.set_exception(error)
 
     def _server(self, key: tuple, broken: "_Server | None" = None) -> "_Server":
         # Libraries read their number of threads, say, when they are loaded: one server for each environment
@@ -165,10 +179,17 @@ class Pool:
 
     def close(self) -> None:
         """Stop what runs (those futures give `internal`), cancel what waits, end the servers."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for sock in list(self._running):
-            _cancel(sock)
-        self._threads.shutdown(wait=True)
+        self._closed = True
+        while not self._jobs.empty():
+            with contextlib.suppress(queue.Empty):
+                self._jobs.get_nowait()[0].cancel()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            while thread.is_alive():  # again and again: one may just be about to start a run
+                for sock in list(self._running):
+                    _cancel(sock)
+                thread.join(0.05)
         for server in self._servers.values():
             server.close()
         self._servers.clear()
@@ -184,12 +205,10 @@ class _Server:
     """The trainer's end of a warm server. The process gets a script's environment, so it holds no secret."""
 
     def __init__(self, preload: tuple, env: dict):
-        from threading import Lock
-
-        self.lock = Lock()
+        self.lock = threading.Lock()
         self.control, theirs = socket.socketpair()
         with theirs:
-            self.process = _spawn([], "server", theirs, env, preload)
+            self.process = _spawn([], "server", theirs, env, [_base(), *preload])
         _LIFELINES.add(self.control)
         answer = self.control.recv(4096)
         if answer != b"ready":
@@ -297,7 +316,7 @@ def _job(argv, workspace, limits: Limits, read_only, hidden, env, gpus, tier: st
             raise SandboxError(f"there is no GPU {path}")
     if gpus:
         devices += [f"/dev/{name}" for name in walls.GPU_DEVICES if os.path.exists(f"/dev/{name}")]
-    home = "/tmp" if tier == "ns" else f"{workspace}/.scratch"
+    home = "/tmp" if tier == "ns" else f"{_base()}/scratch-{os.urandom(8).hex()}"
     uid = _free_uid(tier, needed)
     shm = tier != "landlock" or uid is not None
     environment = _environment(tier, home, limits.threads, gpus, shm)
@@ -306,7 +325,7 @@ def _job(argv, workspace, limits: Limits, read_only, hidden, env, gpus, tier: st
     return {
         "argv": argv, "workspace": workspace, "limits": dataclasses.asdict(limits), "read_only": read_only,
         "hidden": hidden, "prefixes": prefixes, "devices": devices, "gpu": bool(gpus), "tier": tier,
-        "box": BOX if tier == "ns" else workspace, "home": home, "warm": False,
+        "box": BOX if tier == "ns" else workspace, "home": home, "base": _base(), "warm": False,
         "env": environment | {k: str(v) for k, v in (env or {}).items()}, "shm": shm,
         "uid": uid, "abi": min(syscalls.landlock_abi(), MAX_ABI),
     }  # fmt: skip
@@ -395,30 +414,44 @@ def safe_read(workspace, name: str, max_bytes: int) -> bytes:
         os.close(fd)
 
 
+def _base() -> str:
+    """The directory for workspaces: one directory in it for each process that has some, locked while that lives."""
+    import tempfile
+
+    base = os.path.join(tempfile.gettempdir(), f"ml-agent-{os.geteuid()}")
+    os.makedirs(base, mode=0o711, exist_ok=True)
+    if os.stat(base).st_uid != os.geteuid():
+        raise SandboxError(f"{base} belongs to somebody else: remove it, or set TMPDIR")
+    return base
+
+
 _mine: tuple[int, str] | None = None  # (pid, directory): where this process keeps its workspaces
 
 
 def new_workspace():
-    """An empty directory (a pathlib.Path) for one run; `remove` it afterwards. If this process is killed,
-    its monitors, its servers or the next Pool on this machine will."""
+    """An empty directory (a pathlib.Path) for one run; `remove` it afterwards. If this process is killed, its
+    monitors, its servers or the next Pool on this machine will."""
     global _mine
     import atexit
     import pathlib
     import tempfile
 
-    while _mine is None or _mine[0] != os.getpid() or not os.path.isdir(_mine[1]):
-        base = walls.workspaces()
-        os.makedirs(base, mode=0o711, exist_ok=True)
-        if os.stat(base).st_uid != os.geteuid():
-            raise SandboxError(f"{base} belongs to somebody else: remove it, or set TMPDIR")
-        home = tempfile.mkdtemp(prefix="trainer-", dir=base)
-        fd = os.open(home, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(fd, fcntl.LOCK_EX)  # until this process ends, however it does
-        with contextlib.suppress(FileNotFoundError):  # swept before it was locked
-            os.chmod(home, 0o711)
-            _mine = os.getpid(), home
-            atexit.register(lambda pid=os.getpid(): remove(home) if pid == os.getpid() else None)
+    if _mine is None or _mine[0] != os.getpid():  # a fork of the owner needs its own
+        _mine = os.getpid(), f"{_base()}/trainer-{os.urandom(8).hex()}"
+        walls.make_locked(_mine[1])
+        os.chmod(_mine[1], 0o711)
+        atexit.register(_forget, *_mine)
     return pathlib.Path(tempfile.mkdtemp(prefix="run-", dir=_mine[1]))
+
+
+def _forget(pid: int, path: str) -> None:
+    if pid == os.getpid():
+        remove(path)
+
+
+def sweep() -> None:
+    """Remove the workspaces of processes that are gone, however they went."""
+    walls.sweep(_base())
 
 
 # ---- the choice of a tier, and the check ----------------------------------------------------------------------
@@ -503,7 +536,6 @@ def _release_canary(tier: str) -> tuple[str, set[str]]:
     import hashlib
     import secrets
     import subprocess
-    import threading
 
     token = secrets.token_hex(16)
     digest, box, private = hashlib.sha256(token.encode()).hexdigest(), new_workspace(), new_workspace()

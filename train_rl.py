@@ -290,7 +290,7 @@ def accumulate_gradients(batch: Batch, groups: list[Group], old: Old, models: di
     for group, packed, mask in batch.micro(groups):
 
         def here(matrix):
-            return None if matrix is None else pick(matrix, group, packed.target_mask)  # noqa: B023
+            return None if matrix is None else pick(matrix, group, packed.target_mask)
 
         if "actor" in models:
             logp, entropy = batch.logprobs(models["actor"], packed)
@@ -481,7 +481,7 @@ def main():
                     played = policy.rollout_episodes(
                         local,
                         list(mine),
-                        lambda t: Rng(cfg.seed, step * cfg.max_steps + t),  # noqa: B023
+                        lambda t: Rng(cfg.seed, step * cfg.max_steps + t),
                         cfg.max_steps,
                         cfg.max_minutes,
                     )

@@ -39,7 +39,7 @@ def max_entries(limits: SimpleNamespace) -> int:
     return 1024 + 64 * limits.disk_mb
 
 
-# ---- init and payload -----------------------------------------------------------------------------------------
+# ---- init and payload -------------------------------------------------------------------------------------
 
 
 def enter_pid_namespace() -> None:
@@ -140,6 +140,8 @@ def payload(job: dict, limits: SimpleNamespace, control: socket.socket, out: int
             sc.landlock(landlock_rules(job), job["abi"])
         same_user = job["tier"] == "landlock" and job["uid"] is None
         sc.seccomp(same_user, job["gpu"], job["abi"] or 3)
+    if LINUX:
+        sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)  # of init; should that be killed together with the monitor
     os.closerange(3, control.fileno())
     os.closerange(control.fileno() + 1, 4096)
     if job["warm"]:
@@ -186,25 +188,26 @@ def landlock_rules(job: dict) -> list[tuple[str, int]]:
     # joblib asks cgroups for the number of cores
     seen = [*SYSTEM, "/sys/fs/cgroup", *(GPU_SYSTEM if job["gpu"] else ())]
     seen += [path for path, _ in job["prefixes"] + job["read_only"]]
-    writable = [job["workspace"]] + ["/dev/shm"] * (job["uid"] is not None)  # else the trainer's is open, too
+    writable = [job["workspace"], job["home"]]
+    if job["uid"] is not None:  # else the trainer's segments would be open, too
+        writable.append("/dev/shm")
     return [*rules, *((path, sc.READ_ONLY) for path in seen), *((path, sc.READ_WRITE) for path in writable)]
 
 
-# ---- the workspace outside namespaces ----------------------------------------------------------------------------
+# ---- the workspace outside namespaces ------------------------------------------------------------------------
 
 
 def prepare_workspace(job: dict) -> None:
-    """Links to the read-only directories, a scratch directory, and the script's user as the owner."""
-    os.makedirs(job["home"], mode=0o700, exist_ok=True)
+    """Links to the read-only directories, and the script's user as the owner."""
     for path, name in job["read_only"]:
         name = os.path.join(job["workspace"], name)
         os.makedirs(os.path.dirname(name), exist_ok=True)
         if os.path.islink(name):
             os.unlink(name)
         os.symlink(path, name)
-    if job["uid"] is not None:
-        os.chown(job["workspace"], job["uid"], job["uid"])
-        for _, folders, files, fd in os.fwalk(job["workspace"]):
+    for top in (job["workspace"], job["home"]) if job["uid"] is not None else ():
+        os.chown(top, job["uid"], job["uid"])
+        for _, folders, files, fd in os.fwalk(top):
             for name in folders + files:
                 info = os.stat(name, dir_fd=fd, follow_symlinks=False)
                 if stat.S_ISDIR(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_nlink == 1):
@@ -234,7 +237,7 @@ def shared_memory(uid: int) -> list[os.DirEntry]:
     return [e for e in os.scandir("/dev/shm") if e.stat(follow_symlinks=False).st_uid == uid]
 
 
-# ---- the file system of the ns tier ---------------------------------------------------------------------------------
+# ---- the file system of the ns tier -----------------------------------------------------------------------------
 
 
 def build_root(job: dict, limits: SimpleNamespace) -> list[int]:
@@ -259,6 +262,18 @@ def build_root(job: dict, limits: SimpleNamespace) -> list[int]:
         bind(source, target)
     for target, link in links.items():
         os.symlink(link, f"/new{target}")
+    # The workspace and /tmp share one quota; /dev/shm has its own, and counts as memory.
+    owner = uid if uid is not None else -1
+    for name, mb in ("disk", limits.disk_mb), ("dev/shm", limits.memory_mb):
+        os.makedirs(f"/new/{name}", exist_ok=True)
+        options = f"mode=1777,size={mb}m,nr_inodes={max_entries(limits)}"
+        sc.mount("tmpfs", f"/new/{name}", "tmpfs", plain, options)
+    disk, shm = (os.open(f"/new/{name}", os.O_RDONLY) for name in ("disk", "dev/shm"))
+    for name in ("box", "tmp"):
+        os.makedirs(f"/new/{name}", exist_ok=True)
+        os.mkdir(f"/new/disk/{name}")
+        os.chown(f"/new/disk/{name}", owner, owner)
+        sc.mount(f"/new/disk/{name}", f"/new/{name}", None, sc.MS_BIND)
     covers = []
     for path in job["hidden"]:
         if os.path.isdir(f"/new{path}"):
@@ -287,18 +302,6 @@ def build_root(job: dict, limits: SimpleNamespace) -> list[int]:
         with open(f"/new/etc/{name}", "w") as file:
             file.write(text)
 
-    # The workspace and /tmp share one quota; /dev/shm has its own, and counts as memory.
-    owner = uid if uid is not None else -1
-    for name, mb in ("disk", limits.disk_mb), ("dev/shm", limits.memory_mb):
-        os.mkdir(f"/new/{name}")
-        options = f"mode=1777,size={mb}m,nr_inodes={max_entries(limits)}"
-        sc.mount("tmpfs", f"/new/{name}", "tmpfs", plain, options)
-    disk, shm = (os.open(f"/new/{name}", os.O_RDONLY) for name in ("disk", "dev/shm"))
-    for name in ("box", "tmp"):
-        os.mkdir(f"/new/{name}")
-        os.mkdir(f"/new/disk/{name}")
-        os.chown(f"/new/disk/{name}", owner, owner)
-        sc.mount(f"/new/disk/{name}", f"/new/{name}", None, sc.MS_BIND)
     workspace, box = (os.open(path, os.O_RDONLY) for path in (f"/old{job['workspace']}", "/new/box"))
     copy_tree(workspace, box, {name for _, name in job["read_only"]}, owner)
     for path, name in job["read_only"]:
@@ -345,7 +348,7 @@ def below(path: str, directory: str) -> bool:
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
-# ---- the process tree ---------------------------------------------------------------------------------------------
+# ---- the process tree -----------------------------------------------------------------------------------------
 
 
 def processes(root: int) -> dict[int, SimpleNamespace]:
@@ -445,7 +448,7 @@ def reaped(pid: int = -1) -> bool:
     return False
 
 
-# ---- files that scripts leave ------------------------------------------------------------------------------------------
+# ---- files that scripts leave --------------------------------------------------------------------------------------
 
 
 def copy_tree(source: int, target: int, skip: set, owner: int = -1, mirror=False, at="", depth=MAX_DEPTH) -> None:
@@ -555,21 +558,25 @@ def remove(path, parent: int | None = None) -> None:
     os.rmdir(path, dir_fd=parent)
 
 
-def workspaces() -> str:
-    """The directory that holds one directory for each process with workspaces, locked while that lives."""
-    import tempfile  # slow to import, and seldom needed in a monitor
+def make_locked(path: str) -> int:
+    """Create a directory that `sweep` leaves alone for as long as the returned descriptor is open somewhere."""
+    while True:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.path.isdir(path):  # not swept in between
+            return fd
+        os.close(fd)
 
-    return os.path.join(tempfile.gettempdir(), f"ml-agent-{os.geteuid()}")
 
-
-def sweep(patience: float = 0.0) -> None:
-    """Remove the workspaces of processes that are gone. patience: seconds to wait for one that is dying."""
+def sweep(base: str, patience: float = 0.0) -> None:
+    """Remove the directories in `base` whose processes are gone. patience: seconds to wait for a dying one."""
     deadline, busy = time.monotonic() + patience, True
     while busy:
         busy = False
-        for name in os.listdir(workspaces()) if os.path.isdir(workspaces()) else ():
+        for name in os.listdir(base) if os.path.isdir(base) else ():
             with contextlib.suppress(FileNotFoundError):  # another process sweeps, too
-                path = os.path.join(workspaces(), name)
+                path = os.path.join(base, name)
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -581,7 +588,7 @@ def sweep(patience: float = 0.0) -> None:
         time.sleep(0.02 if busy else 0)
 
 
-# ---- messages between the processes of a run --------------------------------------------------------------------------
+# ---- messages between the processes of a run ----------------------------------------------------------------------
 
 
 def send(sock: socket.socket, message, fds=()) -> None:

@@ -17,7 +17,7 @@ import tasks
 from tasks.metrics import METRICS
 
 BOOTSTRAP_ROUNDS = 400
-BEAM = 6  # combinations that the search keeps at each length
+BEAM = 3  # combinations that the search keeps at each length
 MIN_STEP = 0.1  # standard errors that one more idea must add
 
 
@@ -108,8 +108,8 @@ def note(task: tasks.Task, starter: Run, idea: Run, noise: float) -> str:
 def combine(task: tasks.Task, script: str, ideas: list, alone: dict, noise: float, pool):
     """Beam search over one idea a block; returns (ideas, run) of the best combination.
 
-    An idea that does little alone may do much after another, so the search keeps the two best
-    ideas of each block, not the best ones over all; then the best pairs; then the best triples.
+    An idea that does little alone may do much after another, so the search starts from the best
+    idea of each block, not from the best ones over all; then it keeps the best pairs, and triples.
     """
     sign = -1 if task.lower_is_better else 1
 
@@ -119,7 +119,7 @@ def combine(task: tasks.Task, script: str, ideas: list, alone: dict, noise: floa
     beam = []
     for block in tasks.AXES:
         singles = [((i,), alone[i.text]) for i in ideas if i.block == block and alone[i.text].scores]
-        beam += sorted(singles, key=quality, reverse=True)[: BEAM // 3]
+        beam += sorted(singles, key=quality, reverse=True)[: BEAM // len(tasks.AXES)]
     best = max([*beam, ((), alone[None])], key=quality)
     for _ in tasks.AXES[1:]:
         wider = {}

@@ -31,6 +31,8 @@ def through(name, *args):  # the call got as far as the kernel's own judgement o
     result, number = call(name, *args)
     if result >= 0 or number not in (errno.EPERM, errno.EACCES, errno.ENOSYS):
         print("PWNED", name, result, number)
+    else:
+        print("no:", os.strerror(number))
     return result
 def show(attempt):
     try:
@@ -104,7 +106,7 @@ did(lambda: os.close(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)))""",
     "truncate the data set": "did(lambda: os.truncate('data/train.csv', 3))",
     "rename the data set": "did(lambda: os.rename('data/train.csv', 'data/other.csv'))",
     "remove the data set": "did(lambda: os.unlink(os.path.realpath('data/train.csv')))",
-    "chmod the answers": "did(lambda: (os.chmod(A['answers'], 0o777), os.stat(A['answers']).st_mode & 0o2 or 1 / 0))",
+    "chmod the answers": "show(lambda: os.chmod(A['answers'], 0o777))",
     "touch the data set": "show(lambda: os.utime('data/train.csv', (1, 1)))",
     "hard link to the data set": "did(lambda: os.link(A['dataset'], 'mine.csv'))",
     "open a kernel setting for writing": "did(lambda: open('/proc/sys/kernel/core_pattern', 'r+'))",
@@ -123,7 +125,6 @@ TROUBLING = {
         "fd, _ = call('pidfd_open', pid, 0)\nif fd >= 0 and call('pidfd_send_signal', fd, 9, 0, 0)[0] == 0: print('PWNED')",
         SAME_USER_WEAK,
     ),
-    "signal everybody (with no signal)": ("did(lambda: os.kill(-1, 0))", SAME_USER_WEAK),
     "take the victim's descriptors": "did(lambda: resource.prlimit(pid, resource.RLIMIT_NOFILE, (50, 50)))",
     "pin the victim to a core": "did(lambda: os.sched_setaffinity(pid, {max(os.sched_getaffinity(0))}))",
     "slow the victim down": "did(lambda: os.setpriority(os.PRIO_PROCESS, pid, 19))",
@@ -176,7 +177,7 @@ if function() == os.getpid(): print('PWNED')""",
 GROUPS = {"reading": READING, "writing": WRITING, "troubling": TROUBLING, "network": NETWORK, "kernel": KERNEL}
 ATTACKS = {name: attack for group in GROUPS.values() for name, attack in group.items()}
 MORE_NUMBERS = {"pidfd_open": (434, 434), "pidfd_send_signal": (424, 424)}
-# On bare, some need what root has and others have not, or an option of the kernel.
+# What even without walls only root can do, and, of root, only one with CAP_SYS_RESOURCE.
 NEED_ROOT = {
     "write to /var/tmp", "open /etc/passwd for writing", "plant a module in the interpreter",
     "open a kernel setting for writing", "open a cgroup for writing", "be spared when memory runs out",
@@ -208,14 +209,22 @@ def victim(trainer):
     victim.close()
 
 
+def possible(name: str, output: str) -> bool:
+    """Whether an attack can work here at all; a kernel without modules, say, has no call to load one."""
+    with open("/proc/self/status") as file:
+        capabilities = int(re.search(r"CapEff:\s*(\w+)", file.read())[1], 16)
+    if name in ("be spared when memory runs out", "raise one's own limits") and not capabilities >> 24 & 1:
+        return False
+    missing = "Function not implemented" in output or "No such file" in output
+    return not missing and (os.geteuid() == 0 or name not in NEED_ROOT)
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack(name, trainer, victim, numbers):
     attack = ATTACKS[name]
     code, leaks = (attack, set()) if isinstance(attack, str) else attack
     if name == "calls of another architecture" and syscalls.MACHINE != "x86_64":
         pytest.skip("of x86_64 only")
-    if name in ("signal the victim", "stop the victim", "kill the victim") and trainer.name == "landlock-weak":
-        leaks = {"landlock-weak"}
     result = trainer.run(
         PRELUDE + code, json.dumps(victim.aims | {"numbers": numbers}),
         read_only=[[str(victim.home / "dataset"), "data"]], hidden=[victim.aims["private"]],

@@ -257,6 +257,7 @@ def test_class_probabilities_must_sum_to_one(toy):
 def test_labels_must_be_classes(toy):
     task = toy("accuracy", {"a": [0, 1, 2, 1]}, classes=[0, 1, 2])
     assert task.score(table("id,a", "10,0", "11,1.0", "12,2", "13,2")) == 0.75
+    assert task.score(table("id,a", "13,2", "12,2", "11,1.0", "10,0")) == 0.75
     for wrong in ("3", "0.5", "cat", ""):
         with pytest.raises(tasks.InvalidSubmission, match="no class"):
             task.score(table("id,a", "10,0", "11,1", "12,2", f"13,{wrong}"))
@@ -273,7 +274,8 @@ def test_whole_numbers_and_logarithms(toy):
 
 def test_rankings(toy):
     task = toy("map5", {"a": ["w", "x", "y", "z"]})
-    assert task.score(table("id,a", "10,w q", "11,q x", "12,", "13,q r s t u z")) == 1.5 / 4
+    for rows in (("10,w q", "11,q x", "12,", "13,q r s t u z"), ("13,q", "12,q", "11,q x", "10,w")):
+        assert task.score(table("id,a", *rows)) == 1.5 / 4
 
 
 def test_better_gain_and_delta(toy):
@@ -432,11 +434,11 @@ def test_answers_are_in_no_public_file(prepared):
         assert list(answers["id"]) == list(test["id"]) == list(range(len(test)))
         truth = pd.factorize(answers.iloc[:, -1])[0]
         for column in test.columns.drop("id"):
-            # a column whose (repeated) values always go with one answer would be the answer
+            # a column with repeated values that fix the answer, or that the answer fixes, tells it
             values = pd.factorize(test[column])[0]
-            distinct = len(set(values))
-            if 1 < distinct < len(test) / 5 and len(set(truth)) < len(test) / 5:
-                assert len(set(zip(values, truth))) > distinct, (name, column)
+            distinct, classes = len(set(values)), len(set(truth))
+            if 1 < distinct < len(test) / 5 and classes < len(test) / 5:
+                assert len(set(zip(values, truth))) > max(distinct, classes), (name, column)
 
 
 def test_ids_and_row_order_say_nothing(prepared):
