@@ -249,12 +249,11 @@ def sample(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> tuple
 def inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
     """The first id whose cumulative probability exceeds u: probabilities [n, V] float64, u [n] in [0, 1) -> [n].
 
-    u is scaled by the row's own total, and kept off it, so that rounding can neither run past the end nor pick an
-    id of probability 0.
+    u is scaled by the row's own total, and a float64 below 1 times the total rounds to less than the total: the
+    result can neither run past the end nor have probability 0.
     """
     cumulative = probabilities.cumsum(-1)
-    target = u[:, None] * (1 - 2**-40) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

@@ -526,8 +526,8 @@ def is_dir(name: str, parent: int) -> bool:
 def remove(path, parent: int | None = None) -> None:
     """Delete a file or a directory, whatever a script made of it; links are not followed, nothing is no error.
 
-    Handles directories without rights, 10^5 files, and trees too deep for a path or a stack: what lies two
-    levels down is moved up until there is nothing below.
+    Directories without rights, 10^5 files, trees too deep for a path, a stack or a table of descriptors: only
+    one level is open at a time. Nobody must be working in there any more.
     """
     try:
         os.unlink(path, dir_fd=parent)
@@ -535,27 +535,36 @@ def remove(path, parent: int | None = None) -> None:
     except FileNotFoundError:
         return
     except (IsADirectoryError, PermissionError):  # the second where unlink of a directory is EPERM
-        top = open_dir(path, parent)
-    os.chmod(top, 0o700)
-    unique, moved = os.urandom(8).hex(), 0
-    while names := os.listdir(top):
-        for name in names:
-            if not is_dir(name, top):
-                os.unlink(name, dir_fd=top)
-                continue
-            fd = open_dir(name, top)
-            os.chmod(fd, 0o700)
-            for inner in os.listdir(fd):
-                if is_dir(inner, fd):
-                    os.chmod(inner, 0o700, dir_fd=fd)  # to move it, its ".." must be writable
-                    moved += 1
-                    os.rename(inner, f"{unique}-{moved}", src_dir_fd=fd, dst_dir_fd=top)
-                else:
-                    os.unlink(inner, dir_fd=fd)
-            os.close(fd)
-            os.rmdir(name, dir_fd=top)
-    os.close(top)
+        fd = open_dir(path, parent)
+    way: list[str] = []  # the names from `path` to the open level
+    left = [empty_of_files(fd)]  # for each level on the way: its directories
+    while True:
+        if left[-1]:
+            way.append(left[-1].pop())
+            inner = open_dir(way[-1], fd)
+            left.append(empty_of_files(inner))
+        elif way:
+            inner = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+            left.pop()
+            os.rmdir(way.pop(), dir_fd=inner)
+        else:
+            break
+        os.close(fd)
+        fd = inner
+    os.close(fd)
     os.rmdir(path, dir_fd=parent)
+
+
+def empty_of_files(fd: int) -> list[str]:
+    """Remove what is not a directory; the names of what is."""
+    os.chmod(fd, 0o700)
+    folders = []
+    for name in os.listdir(fd):
+        if is_dir(name, fd):
+            folders.append(name)
+        else:
+            os.unlink(name, dir_fd=fd)
+    return folders
 
 
 def make_locked(path: str) -> int:

@@ -1,5 +1,6 @@
 """The real model under FSDP2, two processes on CPU: sharded loading, scores, gradients, rollouts, saving."""
 
+import os
 import socket
 from dataclasses import replace
 
@@ -61,9 +62,7 @@ def whole(gradients):
     return {n: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for n, g in gradients.items()}
 
 
-def worker(rank, port, folder, tied):
-    import os
-
+def worker(rank, port, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
@@ -137,7 +136,7 @@ def test_two_ranks_equal_one(tied, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(worker, (port, tmp_path, tied), nprocs=2)
+    mp.spawn(worker, (port, tmp_path), nprocs=2)
     for name, load in (("actor", load_model), ("critic", load_value_model)):
         before, after = load(tmp_path / name), load(tmp_path / "again" / name)
         assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))

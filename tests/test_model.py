@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 import model as model_file
@@ -259,6 +261,26 @@ def test_chunked_scores_equal_full_logits(monkeypatch, rows_per_chunk, tied):
     for ours, expected in zip(*results):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     assert (results[0][0][~target_mask] == 0).all() and (results[0][0][target_mask] < 0).all()
+
+
+def test_whole_logits_never_exist(monkeypatch):
+    """Neither forward nor backward makes a tensor of more than a chunk of logits (the head's own gradient aside)."""
+    net = small(vocab_size=500)
+    monkeypatch.setattr(model_file, "LOGITS_PER_CHUNK", 500 * 60)
+    rows = pack_rows(random_lists(6), [random_lists(900)])
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.shape[-1:] == (500,))
+            return out
+
+    with Watch():
+        logprobs, entropy = net(rows.tokens, source_pos=rows.source_pos, targets=rows.targets,
+                                target_mask=rows.target_mask)  # fmt: skip
+        (logprobs + entropy).sum().backward()
+    assert max(sizes) == 500 * 60 and sizes.count(500 * 60) > 15
 
 
 def test_ids_that_do_not_exist_have_no_mass():

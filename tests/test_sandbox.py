@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -182,13 +183,22 @@ def test_wrong_arguments_are_named(box, tmp_path):
             sandbox.run(["python", "x.py"], box, tier=name, read_only=[(tmp_path, "d")], hidden=[tmp_path / "a"])
 
 
-def test_hidden_below_a_visible_directory(box, tmp_path, monkeypatch):
+@pytest.fixture
+def outside():
+    """A directory that is not below /tmp, which a box has of its own."""
+    path = Path(tempfile.mkdtemp(dir="/var/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+def test_hidden_below_a_visible_directory(box, outside, monkeypatch):
     """A repository in /usr/src, say: covered in ns; Landlock cannot, and says so."""
     need("ns")
-    (tmp_path / "secret").mkdir()
-    (tmp_path / "secret/answers").write_text("42")
-    monkeypatch.setattr(walls, "SYSTEM", (*walls.SYSTEM, str(tmp_path)))
-    code = f"import os; print(os.listdir({str(tmp_path)!r}), os.listdir({str(tmp_path / 'secret')!r}))"
+    (outside / "secret").mkdir()
+    (outside / "secret/answers").write_text("42")
+    monkeypatch.setattr(walls, "SYSTEM", (*walls.SYSTEM, str(outside)))
+    code = f"import os; print(os.listdir({str(outside)!r}), os.listdir({str(outside / 'secret')!r}))"
     # the monitor imports walls afresh: hand it the changed list through a wrapper
     start = sandbox._spawn
 
@@ -196,18 +206,18 @@ def test_hidden_below_a_visible_directory(box, tmp_path, monkeypatch):
         process = subprocess.Popen(
             [sys.executable, *flags, "-c",
              f"import sys; sys.path.insert(0, {str(kit.ROOT)!r}); import walls, monitor;"
-             f"walls.SYSTEM += ({str(tmp_path)!r},); monitor.main()", role, str(end.fileno()), *arguments],
+             f"walls.SYSTEM += ({str(outside)!r},); monitor.main()", role, str(end.fileno()), *arguments],
             env=env, pass_fds=[end.fileno()], cwd="/", start_new_session=True,
         )  # fmt: skip
         return process
 
     monkeypatch.setattr(sandbox, "_spawn", spawn)
     assert run(box, code, "ns").stdout == "['secret'] ['answers']\n"  # visible unless hidden
-    assert run(box, code, "ns", hidden=[tmp_path / "secret"]).stdout == "['secret'] []\n"
+    assert run(box, code, "ns", hidden=[outside / "secret"]).stdout == "['secret'] []\n"
     monkeypatch.setattr(sandbox, "_spawn", start)
     if usable("landlock"):
         with pytest.raises(sandbox.SandboxError, match="move it"):
-            run(box, code, "landlock", hidden=[tmp_path / "secret"])
+            run(box, code, "landlock", hidden=[outside / "secret"])
 
 
 # ---- limits: every script ends `ok` when the limit is wide -------------------------------------------------
@@ -350,9 +360,13 @@ def test_processes_listed_by_ps():
     try:
         assert kit.settles(lambda: len(walls.processes(child.pid)) == 2)
         assert kit.settles(lambda: walls.processes(child.pid)[child.pid].rss > 30 << 20)
-        a, b = walls.processes(child.pid), walls.processes_by_ps(child.pid)
-        assert a.keys() == b.keys()
-        assert abs(a[child.pid].rss - b[child.pid].rss) < 1 << 20 and abs(a[child.pid].cpu - b[child.pid].cpu) <= 1
+
+        def alike():  # once the process has grown, which takes a while on a busy machine
+            a, b = walls.processes(child.pid), walls.processes_by_ps(child.pid)
+            near = abs(a[child.pid].rss - b[child.pid].rss) < 1 << 20 and abs(a[child.pid].cpu - b[child.pid].cpu) <= 1
+            return a.keys() == b.keys() and near
+
+        assert kit.settles(alike)
     finally:
         for pid in walls.processes(child.pid):
             os.kill(pid, signal.SIGKILL)
@@ -588,7 +602,9 @@ def test_a_killed_trainer_leaves_nothing(tier, warm, also):
     program = TRAINER.format(root=str(kit.ROOT), code=code, tier=tier, mark=mark, warm=warm, fork=also == "worker")
     trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     home = Path(trainer.stdout.readline().strip())
-    assert kit.settles(lambda: len(marked(mark)) >= 2 + 2)  # trainer, script, daemons
+    # monitor, init, script and daemon; a server, a worker
+    assert kit.settles(lambda: len(kit.descendants(trainer.pid)) >= 4 + warm + (also == "worker"), 10)
+    time.sleep(0.3)
     tree = kit.descendants(trainer.pid)
     workers = {p for p in tree if also == "worker" and parent(p) == trainer.pid and "monitor.main" not in cmdline(p)}
     if also == "monitor":
@@ -710,8 +726,17 @@ def test_workspaces_are_private():
     sandbox.remove(box)
 
 
-def test_removal_of_what_a_hostile_script_leaves(tmp_path):
+@pytest.fixture
+def memory_path():
+    """In memory where possible: some file systems take milliseconds to remove a directory."""
+    path = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    yield path
+    shutil.rmtree(path)
+
+
+def test_removal_of_what_a_hostile_script_leaves(memory_path):
     """Deeper than the stack and than a path may be, without rights, odd names, many files; no link followed."""
+    tmp_path = memory_path
     (tmp_path / "outside").write_text("safe")
     top = tmp_path / "top"
     top.mkdir()
