@@ -171,7 +171,7 @@ def starting_model(cfg: Config, rows: list[dict], ctx):
     spec = cfg.model
     tokenizer = train_tokenizer(texts_of(rows, cfg), spec.vocab_size)
     shape = ModelConfig(
-        family="qwen2",
+        family="llama",  # transformers keeps our tokenizer as it is for llama; for qwen2 it splits words its own way
         vocab_size=len(tokenizer),
         hidden_size=spec.width,
         intermediate_size=3 * spec.width,
