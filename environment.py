@@ -207,7 +207,7 @@ def clean_output(result: "sandbox.Result", workspace: Path) -> str:
     """What the agent reads of a run: its stdout, and stderr when it failed; no control characters."""
     failed = result.reason != "ok"
     text = result.stdout.rstrip() + ("\n" + result.stderr.rstrip() if failed else "")
-    text = text.replace(f"{workspace}/", "").replace("\r", "\n").strip() or "(no output)"
+    text = text.replace(f"{workspace}/", "").replace(f"{sandbox.BOX}/", "").replace("\r", "\n").strip() or "(no output)"
     return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "?", text)
 
 

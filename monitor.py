@@ -1,7 +1,8 @@
 """The processes of the sandbox between the trainer and a script (see sandbox.py); trusted, outside the walls.
 
-    monitor FD            one run: its job comes through the socket FD, its result goes back
+    monitor FD BASE            one run: its job comes through the socket FD, its result goes back
     server FD BASE MODULE...   imports the modules, then forks a monitor for each socket it is sent
+    (BASE is the directory of all workspaces, to be swept if the trainer dies)
 
 A monitor enforces the limits by sampling and by its pipes, kills the tree when its script ends, when a limit is
 reached or when the trainer is gone, and brings the outputs home.
@@ -25,6 +26,7 @@ from types import SimpleNamespace
 import syscalls
 import walls
 from walls import BOX, LINUX, receive, send
+from workspace import make_locked, sweep
 
 SETUP_S = 30.0  # patience with walls that go up on a busy machine
 FLOOD_BYTES = 16 << 20  # of output: more is an attack, not a log
@@ -39,14 +41,14 @@ LAST_WORDS = {
 }
 
 
-def run_job(lifeline: socket.socket) -> dict:
+def run_job(lifeline: socket.socket, base: str) -> dict:
     """Take one job, run it to its end, send the result. Returns (the job) only in the payload of a warm run."""
     try:
         job = receive(lifeline)
     except (EOFError, OSError):
         os._exit(0)  # the trainer is gone already
     try:
-        outcome = supervise(job, lifeline)
+        outcome = supervise(job, lifeline, base)
     except BaseException as error:  # the boundary: whatever goes wrong out here is `internal`
         outcome = {
             "reason": "internal", "exit_code": None, "stdout": "", "stderr": f"{type(error).__name__}: {error}",
@@ -61,7 +63,7 @@ def run_job(lifeline: socket.socket) -> dict:
     os._exit(0)
 
 
-def supervise(job: dict, lifeline: socket.socket) -> dict | None:
+def supervise(job: dict, lifeline: socket.socket, base: str) -> dict | None:
     """Start init, enforce the limits, kill the tree, tidy up. -> fields of the Result; None in the payload."""
     limits, ns = SimpleNamespace(**job["limits"]), job["tier"] == "ns"
     if job["uid"] is not None:  # pids are unique among what runs, and so become the ids
@@ -69,7 +71,7 @@ def supervise(job: dict, lifeline: socket.socket) -> dict | None:
     if ns:
         walls.enter_pid_namespace()
     else:
-        walls.make_locked(job["home"])
+        make_locked(job["home"])
         if LINUX:
             syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     (out, out_end), (err, err_end), (control, control_end) = os.pipe(), os.pipe(), socket.socketpair()
@@ -149,7 +151,7 @@ def supervise(job: dict, lifeline: socket.socket) -> dict | None:
         reason = verdict(code, streams[err].tail or streams[err].head, meter)
     walls.collect(job, meter.fds)
     if lost:  # nobody else will remove the workspaces
-        walls.sweep(job["base"], patience=2.0)
+        sweep(base, patience=0.3)
     texts = [stream.text() for stream in streams.values()]
     if not ns:
         for path, name in (job["home"], "/tmp"), (job["workspace"], BOX):
@@ -253,10 +255,14 @@ def used(fd: int) -> tuple[int, int]:
 
 
 def proportional(pid: int, rss: int) -> int:
-    """Bytes of memory, each shared page divided among its users."""
-    with contextlib.suppress(OSError, StopIteration), open(f"/proc/{pid}/smaps_rollup") as file:
-        return int(next(line for line in file if line.startswith("Pss:")).split()[1]) << 10
-    return rss
+    """Bytes of memory, each shared page divided among its users; `rss` where that is not for us to know."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            return sum(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))
+    except (FileNotFoundError, ProcessLookupError):  # it ended: its memory is gone
+        return 0
+    except PermissionError:
+        return rss
 
 
 def exceeds(todo: list[str], size: int, entries: int) -> bool:
@@ -277,7 +283,7 @@ def exceeds(todo: list[str], size: int, entries: int) -> bool:
     return False
 
 
-# ---- warm start ---------------------------------------------------------------------------------------------
+# ---- warm start ----------------------------------------------------------------------------------
 
 
 def serve(control: socket.socket, base: str, preload: list[str]) -> socket.socket:
@@ -306,7 +312,7 @@ def serve(control: socket.socket, base: str, preload: list[str]) -> socket.socke
             word, fds = b"", []
         if not fds:
             if not word:  # the trainer is dead
-                walls.sweep(base, patience=2.0)
+                sweep(base, patience=0.3)
             os._exit(0)
         if os.fork() == 0:
             control.close()
@@ -355,7 +361,7 @@ def prepare_interpreter(job: dict, path: str) -> set[str]:
     os.environ.update(job["env"])
     sys.argv = job["argv"][1:]
     sys.path.insert(0, os.path.dirname(path))
-    for name in ("monitor", "syscalls", "walls"):  # a script may have modules of these names
+    for name in ("monitor", "syscalls", "walls", "workspace"):  # a script may have modules of these names
         sys.modules.pop(name)
     importlib.invalidate_caches()
     if "tempfile" in sys.modules:
@@ -381,8 +387,8 @@ def finish(code: int, known: set[str], box: str) -> None:
         threading._shutdown()
     atexit._run_exitfuncs()
     for name in {*sys.modules} - known | {"__main__"}:
-        module = sys.modules[name]
-        if name == "__main__" or (getattr(module, "__file__", None) or "").startswith(box + "/"):
+        module = sys.modules.get(name)
+        if isinstance(module, type(sys)) and (getattr(module, "__file__", None) or "").startswith(box + "/"):
             vars(sys.modules.pop(name)).clear()
     sys.last_type = sys.last_value = sys.last_traceback = None
     gc.collect()
@@ -399,8 +405,8 @@ def socket_from(fd: int) -> socket.socket:
 
 
 def main() -> None:
-    role, lifeline = sys.argv[1], socket_from(int(sys.argv[2]))
+    role, lifeline, base = sys.argv[1], socket_from(int(sys.argv[2])), sys.argv[3]
     del sys.path[0]  # this repository is not for scripts to import
     if role == "server":
-        lifeline = serve(lifeline, sys.argv[3], sys.argv[4:])
-    become(run_job(lifeline))
+        lifeline = serve(lifeline, base, sys.argv[4:])
+    become(run_job(lifeline, base))

@@ -11,12 +11,13 @@
 Tiers; the strongest is taken whose canary, a script that tries to get out, comes back with nothing:
     ns        user, mount, pid, net, ipc and uts namespaces, then Landlock and seccomp as second walls. The
               script sees /usr, its interpreter, its read-only directories, and private /box (its workspace),
-              /tmp, /dev/shm and /proc. The disk limit is exact. As root, or in a user namespace.
+              /tmp, /dev/shm and /proc, all in memory. The disk limit is exact. As root, or in a user namespace.
     landlock  no namespaces to be had (default Docker): the same list of files, no network, no signals. What
               stays visible: pids, command lines, sizes of hidden files; sockets with a path can be connected
               to. No /dev/shm (so no DataLoader workers) unless root can give the script a user of its own.
               Weak below Landlock ABI 6 (Linux 6.12): signals and abstract sockets reach the trainer.
-    bare      limits and tree kill only, no secrecy: for scripts that one trusts. Also without Linux.
+    bare      limits and tree kill only, no secrecy: for scripts that one trusts. Also without Linux, where a
+              process that leaves its parent escapes the kill.
 
 Stopped: reading answers, other workspaces, the trainer's memory, environment or files; the network;
 outliving the run or the trainer; using up memory, processes, disk, CPU time or output.
@@ -35,6 +36,7 @@ import socket
 import stat
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -42,8 +44,13 @@ from dataclasses import dataclass
 import syscalls
 import walls
 from monitor import SETUP_S
-from walls import BOX, KILL_S, LINUX, receive, remove, send
+from walls import BOX, KILL_S, LINUX, receive, send
+from workspace import SubmissionError, new_workspace, remove, safe_read, sweep, workspaces
 
+__all__ = [
+    "BOX", "Limits", "Pool", "Result", "SandboxError", "SubmissionError", "check", "choose_tier", "new_workspace",
+    "probe", "remove", "run", "safe_read", "sweep",
+]  # fmt: skip
 MAX_ABI = 6  # the newest Landlock that is used; a test lowers it
 
 
@@ -80,15 +87,7 @@ class SandboxError(ValueError):
     """This machine cannot give what was asked for; the message says what to do."""
 
 
-class SubmissionError(Exception):
-    """A script's output file that must not be read. `reason`: one line for whoever wrote the script."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
-
-
-# ---- the trainer's side -----------------------------------------------------------------------------------
+# ---- the trainer's side --------------------------------------------------------------------------
 
 
 def run(
@@ -100,7 +99,8 @@ def run(
     Args:
         argv: ["python", script, *arguments], where python means the interpreter that runs this.
         workspace: an existing directory with the sources: regular files, at most 16 directories deep. Later it
-            holds what the script left there: regular files with one name; links and the like stay out.
+            holds what the script left there: regular files with one name; links and the like stay out. For one
+            run at a time.
         read_only: (host path, name) pairs: that file or directory is the workspace's `name`.
         hidden: paths that must be out of reach, even below a directory that scripts see.
         env: variables on top of the deterministic environment; nothing is inherited.
@@ -164,7 +164,7 @@ class Pool:
     def _run(self, job: dict, key: tuple) -> Result:
         if not job["warm"]:
             return _run_cold(job, self._running)
-        ours, theirs = socket.socketpair()
+        ours, theirs = _pair()
         with ours, theirs:
             try:
                 server = self._server(key)
@@ -206,10 +206,9 @@ class _Server:
 
     def __init__(self, preload: tuple, env: dict):
         self.lock = threading.Lock()
-        self.control, theirs = socket.socketpair()
+        self.control, theirs = _pair()
         with theirs:
-            self.process = _spawn([], "server", theirs, env, [_base(), *preload])
-        _LIFELINES.add(self.control)
+            self.process = _spawn([], "server", theirs, env, preload)
         answer = self.control.recv(4096)
         if answer != b"ready":
             self.close()
@@ -221,7 +220,6 @@ class _Server:
             socket.send_fds(self.control, [b"x"], [theirs.fileno()])
 
     def close(self) -> None:
-        _LIFELINES.discard(self.control)
         _cancel(self.control)
         self.control.close()
         self.process.wait()
@@ -229,8 +227,15 @@ class _Server:
 
 # Sockets whose end tells a monitor or a server that the trainer is dead. Forks of the trainer must not keep
 # them open: a data loader's worker can outlive a killed trainer.
-_LIFELINES: set[socket.socket] = set()
+_LIFELINES: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 os.register_at_fork(after_in_child=lambda: [sock.close() for sock in list(_LIFELINES)])
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    """(ours, theirs): their end notices when ours is closed, by our death if need be."""
+    ours, theirs = socket.socketpair()
+    _LIFELINES.add(ours)
+    return ours, theirs
 
 
 def _spawn(flags: list, role: str, end: socket.socket, env: dict, arguments=()):
@@ -240,7 +245,7 @@ def _spawn(flags: list, role: str, end: socket.socket, env: dict, arguments=()):
     # a Ctrl-C is the trainer's to handle; no PDEATHSIG, which would fire when the calling *thread* ends.
     here = os.path.dirname(os.path.abspath(__file__))
     start = f"import sys; sys.path.insert(0, {here!r}); import monitor; monitor.main()"
-    command = [sys.executable, *flags, "-c", start, role, str(end.fileno()), *arguments]
+    command = [sys.executable, *flags, "-c", start, role, str(end.fileno()), workspaces(), *arguments]
     null = subprocess.DEVNULL
     return subprocess.Popen(
         command, stdin=null, stdout=null, stderr=null, cwd="/", env=env, pass_fds=[end.fileno()],
@@ -249,7 +254,7 @@ def _spawn(flags: list, role: str, end: socket.socket, env: dict, arguments=()):
 
 
 def _run_cold(job: dict, running: set | None = None) -> Result:
-    ours, theirs = socket.socketpair()
+    ours, theirs = _pair()
     with ours:
         with theirs:
             process = _spawn(["-E", "-s", "-S"], "monitor", theirs, {})
@@ -262,7 +267,6 @@ def _run_cold(job: dict, running: set | None = None) -> Result:
 
 def _exchange(sock: socket.socket, job: dict, running: set) -> Result:
     """Send the job to its monitor and wait for the result."""
-    _LIFELINES.add(sock)
     running.add(sock)
     try:
         sock.settimeout(job["limits"]["wall_s"] + SETUP_S + 4 * KILL_S)
@@ -272,7 +276,6 @@ def _exchange(sock: socket.socket, job: dict, running: set) -> Result:
         return _failure(job, f"the monitor was lost: {error}")
     finally:
         running.discard(sock)
-        _LIFELINES.discard(sock)
 
 
 def _cancel(sock: socket.socket) -> None:
@@ -316,7 +319,7 @@ def _job(argv, workspace, limits: Limits, read_only, hidden, env, gpus, tier: st
             raise SandboxError(f"there is no GPU {path}")
     if gpus:
         devices += [f"/dev/{name}" for name in walls.GPU_DEVICES if os.path.exists(f"/dev/{name}")]
-    home = "/tmp" if tier == "ns" else f"{_base()}/scratch-{os.urandom(8).hex()}"
+    home = "/tmp" if tier == "ns" else f"{workspaces()}/scratch-{os.urandom(8).hex()}"
     uid = _free_uid(tier, needed)
     shm = tier != "landlock" or uid is not None
     environment = _environment(tier, home, limits.threads, gpus, shm)
@@ -325,7 +328,7 @@ def _job(argv, workspace, limits: Limits, read_only, hidden, env, gpus, tier: st
     return {
         "argv": argv, "workspace": workspace, "limits": dataclasses.asdict(limits), "read_only": read_only,
         "hidden": hidden, "prefixes": prefixes, "devices": devices, "gpu": bool(gpus), "tier": tier,
-        "box": BOX if tier == "ns" else workspace, "home": home, "base": _base(), "warm": False,
+        "box": BOX if tier == "ns" else workspace, "home": home, "warm": False,
         "env": environment | {k: str(v) for k, v in (env or {}).items()}, "shm": shm,
         "uid": uid, "abi": min(syscalls.landlock_abi(), MAX_ABI),
     }  # fmt: skip
@@ -369,92 +372,7 @@ def _environment(tier: str, home: str, threads: int, gpus: tuple, shm: bool) -> 
     return env
 
 
-# ---- files: the trusted reader, workspaces ------------------------------------------------------------------
-
-
-def safe_read(workspace, name: str, max_bytes: int) -> bytes:
-    """The bytes of an output file that a script wrote. Call it after the run has ended. Never blocks.
-
-    Raises SubmissionError for a missing file, a link of any kind (on the way to it, too), a FIFO, device or
-    socket, a sparse file, and one above max_bytes. Parse the bytes as text or with allow_pickle=False: a pickle
-    is a program.
-    """
-    *parents, last = os.path.normpath(name).split("/")
-    if os.path.isabs(name) or ".." in (*parents, last):
-        raise SubmissionError(f"{name} is not a path inside the workspace")
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-    fd = os.open(workspace, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for is_kind, part in [*((stat.S_ISDIR, p) for p in parents), (stat.S_ISREG, last)]:
-            # look before opening: to open a device can have effects
-            if not is_kind(os.stat(part, dir_fd=fd, follow_symlinks=False).st_mode):
-                raise SubmissionError(f"{name} is not a regular file")
-            inner = os.open(part, flags, dir_fd=fd)
-            os.close(fd)
-            fd = inner
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
-            raise SubmissionError(f"{name} is a hard link")
-        if info.st_size > max_bytes:
-            raise SubmissionError(f"{name} is larger than {max_bytes} bytes")
-        if info.st_size and os.lseek(fd, 0, os.SEEK_HOLE) < info.st_size:
-            raise SubmissionError(f"{name} is a sparse file")
-        os.lseek(fd, 0, os.SEEK_SET)
-        data = b""
-        while len(data) <= max_bytes and (part := os.read(fd, min(1 << 20, max_bytes + 1 - len(data)))):
-            data += part
-        if len(data) > max_bytes:
-            raise SubmissionError(f"{name} is larger than {max_bytes} bytes")
-        return data
-    except FileNotFoundError:
-        raise SubmissionError(f"{name} was not written") from None
-    except OSError as error:
-        raise SubmissionError(f"{name} cannot be read: {error.strerror}") from None
-    finally:
-        os.close(fd)
-
-
-def _base() -> str:
-    """The directory for workspaces: one directory in it for each process that has some, locked while that lives."""
-    import tempfile
-
-    base = os.path.join(tempfile.gettempdir(), f"ml-agent-{os.geteuid()}")
-    os.makedirs(base, mode=0o711, exist_ok=True)
-    if os.stat(base).st_uid != os.geteuid():
-        raise SandboxError(f"{base} belongs to somebody else: remove it, or set TMPDIR")
-    return base
-
-
-_mine: tuple[int, str] | None = None  # (pid, directory): where this process keeps its workspaces
-
-
-def new_workspace():
-    """An empty directory (a pathlib.Path) for one run; `remove` it afterwards. If this process is killed, its
-    monitors, its servers or the next Pool on this machine will."""
-    global _mine
-    import atexit
-    import pathlib
-    import tempfile
-
-    if _mine is None or _mine[0] != os.getpid():  # a fork of the owner needs its own
-        _mine = os.getpid(), f"{_base()}/trainer-{os.urandom(8).hex()}"
-        walls.make_locked(_mine[1])
-        os.chmod(_mine[1], 0o711)
-        atexit.register(_forget, *_mine)
-    return pathlib.Path(tempfile.mkdtemp(prefix="run-", dir=_mine[1]))
-
-
-def _forget(pid: int, path: str) -> None:
-    if pid == os.getpid():
-        remove(path)
-
-
-def sweep() -> None:
-    """Remove the workspaces of processes that are gone, however they went."""
-    walls.sweep(_base())
-
-
-# ---- the choice of a tier, and the check ----------------------------------------------------------------------
+# ---- the choice of a tier, and the check ---------------------------------------------------------
 
 CANARY = r"""
 import hashlib, os, re, socket, sys

@@ -2,11 +2,10 @@
 
 See sandbox.py for what the tiers promise. Everything here runs in processes that live for one run; each step
 narrows what the process can do, and any step that fails ends the run before its script has started.
-Below: init and payload, the file system of the ns tier, the process tree, files that scripts leave, messages.
+Below: init and payload, the file system of the ns tier, the process tree, messages.
 """
 
 import contextlib
-import fcntl
 import marshal
 import os
 import resource
@@ -20,11 +19,12 @@ import time
 from types import SimpleNamespace
 
 import syscalls as sc
+from workspace import copy_tree, remove
 
 LINUX = sys.platform == "linux"
 BOX = "/box"  # the workspace in the ns tier
+HAS_CHILDREN = os.path.exists("/proc/thread-self/children")  # CONFIG_PROC_CHILDREN; gVisor, say, lacks it
 KILL_S = 5.0  # patience with killed processes (a driver can hold one)
-MAX_DEPTH = 16  # of directories that are copied into a box and back
 SYSTEM = (
     "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/ld.so.conf",
     "/etc/ld.so.conf.d", "/etc/nsswitch.conf", "/etc/localtime", "/etc/alternatives", "/etc/ssl/certs",
@@ -39,7 +39,7 @@ def max_entries(limits: SimpleNamespace) -> int:
     return 1024 + 64 * limits.disk_mb
 
 
-# ---- init and payload -------------------------------------------------------------------------------------
+# ---- init and payload ----------------------------------------------------------------------------
 
 
 def enter_pid_namespace() -> None:
@@ -194,7 +194,7 @@ def landlock_rules(job: dict) -> list[tuple[str, int]]:
     return [*rules, *((path, sc.READ_ONLY) for path in seen), *((path, sc.READ_WRITE) for path in writable)]
 
 
-# ---- the workspace outside namespaces ------------------------------------------------------------------------
+# ---- the workspace outside namespaces ------------------------------------------------------------
 
 
 def prepare_workspace(job: dict) -> None:
@@ -237,7 +237,7 @@ def shared_memory(uid: int) -> list[os.DirEntry]:
     return [e for e in os.scandir("/dev/shm") if e.stat(follow_symlinks=False).st_uid == uid]
 
 
-# ---- the file system of the ns tier -----------------------------------------------------------------------------
+# ---- the file system of the ns tier --------------------------------------------------------------
 
 
 def build_root(job: dict, limits: SimpleNamespace) -> list[int]:
@@ -348,13 +348,13 @@ def below(path: str, directory: str) -> bool:
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
-# ---- the process tree -----------------------------------------------------------------------------------------
+# ---- the process tree ----------------------------------------------------------------------------
 
 
 def processes(root: int) -> dict[int, SimpleNamespace]:
     """The living processes below `root`, and root: pid -> tasks, cpu (own seconds), waited (those of children
     that ended), rss (bytes), start."""
-    if not LINUX:
+    if not HAS_CHILDREN:
         return processes_by_ps(root)
     table, todo = {}, [root]
     tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGESIZE")
@@ -378,7 +378,7 @@ def processes(root: int) -> dict[int, SimpleNamespace]:
 
 
 def processes_by_ps(root: int) -> dict[int, SimpleNamespace]:
-    """The same where there is no /proc; threads are not counted."""
+    """The same where /proc does not tell; threads are not counted."""
     import subprocess
 
     table, parents = {}, {}
@@ -448,156 +448,7 @@ def reaped(pid: int = -1) -> bool:
     return False
 
 
-# ---- files that scripts leave --------------------------------------------------------------------------------------
-
-
-def copy_tree(source: int, target: int, skip: set, owner: int = -1, mirror=False, at="", depth=MAX_DEPTH) -> None:
-    """Copy directories, and regular files with one name, between two directories given as descriptors.
-
-    skip: relative paths that are left alone on both sides. owner: of the copies; -1: ours. mirror: what the
-    target has and the source has not is removed. Links, FIFOs, sockets and devices are left out.
-    """
-    names = set(os.listdir(source))
-    for name in set(os.listdir(target)) - names if mirror else ():
-        if at + name not in skip:
-            remove(name, target)
-    for name in names:
-        info = os.stat(name, dir_fd=source, follow_symlinks=False)
-        if at + name in skip:
-            continue
-        if stat.S_ISDIR(info.st_mode) and depth:
-            if not is_dir(name, target):
-                remove(name, target)
-                os.mkdir(name, dir_fd=target)
-            os.chown(name, owner, owner, dir_fd=target, follow_symlinks=False)
-            pair = open_dir(name, source), open_dir(name, target)
-            try:
-                copy_tree(*pair, skip, owner, mirror, f"{at}{name}/", depth - 1)
-            finally:
-                for fd in pair:
-                    os.close(fd)
-        else:
-            remove(name, target)
-            if stat.S_ISREG(info.st_mode) and info.st_nlink == 1:  # else links could multiply a file
-                copy_file(name, source, target, owner)
-
-
-def copy_file(name: str, source: int, target: int, owner: int) -> None:
-    try:
-        reader = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=source)
-    except PermissionError:
-        return
-    writer = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=target)
-    try:
-        info, position = os.fstat(reader), 0
-        os.truncate(writer, info.st_size)
-        while position < info.st_size:  # holes stay holes: a sparse terabyte is not written out
-            try:
-                position = os.lseek(reader, position, os.SEEK_DATA)
-            except OSError:  # a hole up to the end
-                break
-            end = os.lseek(reader, position, os.SEEK_HOLE)
-            os.lseek(writer, position, os.SEEK_SET)
-            while position < end:
-                position += os.sendfile(writer, reader, position, min(end - position, 1 << 24))
-        os.fchmod(writer, 0o644 | (info.st_mode & 0o111))
-        os.utime(writer, ns=(info.st_atime_ns, info.st_mtime_ns))
-        os.fchown(writer, owner, owner)
-    finally:
-        os.close(reader)
-        os.close(writer)
-
-
-def open_dir(name: str, parent: int | None = None) -> int:
-    try:
-        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    except PermissionError:  # a script may take its own rights away
-        os.chmod(name, 0o700, dir_fd=parent)
-        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-
-
-def is_dir(name: str, parent: int) -> bool:
-    try:
-        return stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
-    except FileNotFoundError:
-        return False
-
-
-def remove(path, parent: int | None = None) -> None:
-    """Delete a file or a directory, whatever a script made of it; links are not followed, nothing is no error.
-
-    Directories without rights, 10^5 files, trees too deep for a path, a stack or a table of descriptors: only
-    one level is open at a time. Nobody must be working in there any more.
-    """
-    try:
-        os.unlink(path, dir_fd=parent)
-        return
-    except FileNotFoundError:
-        return
-    except (IsADirectoryError, PermissionError):  # the second where unlink of a directory is EPERM
-        fd = open_dir(path, parent)
-    way: list[str] = []  # the names from `path` to the open level
-    left = [empty_of_files(fd)]  # for each level on the way: its directories
-    while True:
-        if left[-1]:
-            way.append(left[-1].pop())
-            inner = open_dir(way[-1], fd)
-            left.append(empty_of_files(inner))
-        elif way:
-            inner = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
-            left.pop()
-            os.rmdir(way.pop(), dir_fd=inner)
-        else:
-            break
-        os.close(fd)
-        fd = inner
-    os.close(fd)
-    os.rmdir(path, dir_fd=parent)
-
-
-def empty_of_files(fd: int) -> list[str]:
-    """Remove what is not a directory; the names of what is."""
-    os.chmod(fd, 0o700)
-    folders = []
-    for name in os.listdir(fd):
-        if is_dir(name, fd):
-            folders.append(name)
-        else:
-            os.unlink(name, dir_fd=fd)
-    return folders
-
-
-def make_locked(path: str) -> int:
-    """Create a directory that `sweep` leaves alone for as long as the returned descriptor is open somewhere."""
-    while True:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if os.path.isdir(path):  # not swept in between
-            return fd
-        os.close(fd)
-
-
-def sweep(base: str, patience: float = 0.0) -> None:
-    """Remove the directories in `base` whose processes are gone. patience: seconds to wait for a dying one."""
-    deadline, busy = time.monotonic() + patience, True
-    while busy:
-        busy = False
-        for name in os.listdir(base) if os.path.isdir(base) else ():
-            with contextlib.suppress(FileNotFoundError):  # another process sweeps, too
-                path = os.path.join(base, name)
-                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    remove(path)
-                except BlockingIOError:
-                    busy = time.monotonic() < deadline
-                finally:
-                    os.close(fd)
-        time.sleep(0.02 if busy else 0)
-
-
-# ---- messages between the processes of a run ----------------------------------------------------------------------
+# ---- messages between the processes of a run -----------------------------------------------------
 
 
 def send(sock: socket.socket, message, fds=()) -> None:

@@ -22,7 +22,7 @@ OTHER_UID = 65533
 # name: (tier, user, interpreter, highest Landlock ABI)
 TRAINERS = {
     "ns": ("ns", None, "this", 6),
-    "ns-user": ("ns", OTHER_UID, "system", 6),
+    "ns-user": ("ns", OTHER_UID, "system", 0),  # without the second wall
     "landlock": ("landlock", None, "this", 6),
     "landlock-own-uid": ("landlock", None, "system", 6),  # root, and an interpreter that everybody can reach
     "landlock-user": ("landlock", OTHER_UID, "system", 6),

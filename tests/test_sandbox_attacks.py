@@ -297,7 +297,7 @@ def test_private_directories_are_private(trainer):
     if trainer.name not in kit.STRONG or trainer.why_not:
         pytest.skip(trainer.why_not or "of the ns tier")
     result = trainer.run(
-        "import os\nfor p in ('/', '/tmp', '/dev/shm', '/root', '/home', '/work', '/etc'):\n"
+        "import os\nfor p in ('/', '/tmp', '/dev/shm', '/root', '/home', '/srv', '/etc'):\n"
         "    print(p, sorted(os.listdir(p)) if os.path.exists(p) else None)\n"
         "print(sorted(n for n in os.listdir('/proc') if n.isdigit()), os.uname().nodename)"
     )
@@ -306,7 +306,7 @@ def test_private_directories_are_private(trainer):
     assert "passwd" in seen["/etc"] and "shadow" not in seen["/etc"]
     assert result.stdout.splitlines()[-1] == "['1', '2'] sandbox"
     parents = {p for prefix in (sys.prefix, sys.base_prefix) for p in map(str, Path(prefix).parents)}
-    for path in ("/root", "/home", "/work"):  # at most the way to the interpreter
+    for path in ("/root", "/home", "/srv"):  # at most the way to the interpreter
         assert seen[path] == "None" or path in parents
 
 

