@@ -585,21 +585,28 @@ def shard_offset(parameter: DTensor) -> int:
     return min(chunk * parameter.device_mesh.get_local_rank(), parameter.shape[0])
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
-    """The model of a Hugging Face directory or hub id, whole on one device.
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, device="cpu", shard: Callable = lambda model: model
+) -> Transformer:
+    """The model of a Hugging Face directory or hub id.
+
+    shard(model) -> model is applied while the model has no storage yet (dist.shard): then each rank allocates and reads
+    its own slices only, never a whole copy.
 
     Raises ValueError for a path that is neither, a feature that is not covered, and as load_weights does.
     """
     path = find_checkpoint(path)
-    model = init_empty(read_config(path), dtype).to_empty(device=device)
+    model = shard(init_empty(read_config(path), dtype)).to_empty(device=device)
     load_weights(model, path)
     return model
 
 
-def load_value_model(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> ValueModel:
-    """A critic: what save_value_model wrote, or a plain model's trunk with a head that is zero."""
+def load_value_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, device="cpu", shard: Callable = lambda model: model
+) -> ValueModel:
+    """A critic: what save_value_model wrote, or a plain model's trunk with a head that is zero. `shard` as above."""
     path = find_checkpoint(path)
-    critic = ValueModel(init_empty(read_config(path), dtype)).to_empty(device=device)
+    critic = shard(ValueModel(init_empty(read_config(path), dtype))).to_empty(device=device)
     load_weights(critic, path)
     return critic
 

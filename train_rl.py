@@ -396,19 +396,22 @@ def main():
     compute = torch.bfloat16 if bf16 else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(init)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    actor = load_model(init, dtype=torch.float32, device=ctx.device)
     alone = ctx.world == 1  # nothing casts then: fp32 throughout, the reference too, or KL would start at rounding
+
+    def shard(model):
+        return dist.shard(model, compute)
+
+    actor = load_model(init, torch.float32, ctx.device, shard)
     reference = None
     if cfg.kl_coef:
-        kind = torch.float32 if alone else compute
-        reference = load_model(init, dtype=kind, device=ctx.device).requires_grad_(False)
+        reference = load_model(init, torch.float32 if alone else compute, ctx.device, shard).requires_grad_(False)
     critic = None
     if cfg.advantage == "gae":
-        critic = load_value_model(cfg.critic_init or init, dtype=torch.float32, device=ctx.device)
-    for model in filter(None, (actor, reference, critic)):
-        model.valid_vocab = len(tokenizer)
-        getattr(model, "trunk", model).checkpoint_blocks = cfg.checkpoint_blocks
-        dist.shard(model, compute)
+        critic = load_value_model(cfg.critic_init or init, torch.float32, ctx.device, shard)
+    for model in (actor, reference, critic):
+        if model is not None:
+            trunk = getattr(model, "trunk", model)
+            trunk.valid_vocab, trunk.checkpoint_blocks = len(tokenizer), cfg.checkpoint_blocks
     models = {"actor": actor} | ({"critic": critic} if critic else {})
 
     def adam(model, lr):

@@ -163,11 +163,18 @@ def learning_rate(update: int, total: int, cfg: Config) -> float:
 
 
 def starting_model(cfg: Config, rows: list[dict], ctx):
-    """(model, tokenizer): pretrained weights, or a small decoder and tokenizer made for these trajectories."""
+    """(model, tokenizer): pretrained weights, or a small decoder and tokenizer made for these trajectories.
+
+    COLLECTIVE."""
+    bf16 = ctx.device.type == "cuda" if cfg.dtype == "auto" else cfg.dtype == "bf16"
+
+    def shard(model):  # one process alone computes in fp32
+        return dist.shard(model, torch.bfloat16 if bf16 else torch.float32)
+
     if cfg.model.path:
         require_checkpoint(cfg.model.path, "give a Hugging Face directory or hub id as model.path")
         tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
-        return load_model(cfg.model.path, dtype=torch.float32, device=ctx.device), tokenizer
+        return load_model(cfg.model.path, torch.float32, ctx.device, shard), tokenizer
     spec = cfg.model
     tokenizer = train_tokenizer(texts_of(rows, cfg), spec.vocab_size)
     shape = ModelConfig(
@@ -183,7 +190,7 @@ def starting_model(cfg: Config, rows: list[dict], ctx):
         tie_word_embeddings=True,
         eos_ids=(tokenizer.eos_token_id,),
     )
-    return build_model(shape, cfg.seed).to(ctx.device), tokenizer
+    return shard(build_model(shape, cfg.seed).to(ctx.device)), tokenizer
 
 
 def main():
@@ -219,8 +226,6 @@ def main():
     updates = math.ceil(cfg.epochs * per_epoch)
     updates = min(updates, cfg.max_updates) if cfg.max_updates else updates
 
-    bf16 = ctx.device.type == "cuda" if cfg.dtype == "auto" else cfg.dtype == "bf16"
-    model = dist.shard(model, torch.bfloat16 if bf16 else torch.float32)  # one process alone computes in fp32
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.weight_decay
     )
