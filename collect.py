@@ -19,6 +19,7 @@ import tokenize
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -39,7 +40,7 @@ class Config:
     seed: int = 0  # trajectory i is a function of (seed, i) and of nothing else
     tasks: tuple[str, ...] = ()  # training tasks; empty = every training task of the micro suite
     trajectories: int = 300  # executed trajectories (the paper: 10,000)
-    expert: str = "scripted"  # scripted: needs no model
+    expert: Literal["scripted"] = "scripted"  # scripted: needs no model
     max_steps: int = 15  # actions an episode may take (paper B.3)
     max_minutes: float = 30  # minutes of experiments an episode may take (paper B.3)
     keep_ideas: bool = False  # leave the sampled ideas in the saved task text; acting has none

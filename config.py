@@ -14,6 +14,7 @@ int, float, bool, str, Literal[...], tuple[X, ...], tuple[X, Y], list[X], dict, 
 """
 
 import ast
+import contextlib
 import difflib
 import inspect
 import io
@@ -255,6 +256,15 @@ def save(cfg, path, section=None):
 
 
 # ---- the frame of every script -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def user_error():
+    """Turn a ValueError of the block (a model that is not covered, a dtype that cannot be) into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def main(fn, user_errors=(), resume="the same command continues from the last saved step"):

@@ -15,6 +15,7 @@ waits longer than `timeout_minutes` ends the run with an error.
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import random
@@ -73,7 +74,9 @@ def init(device=None, timeout_minutes=60.0):
 def close():
     """Leave the process group, at the end of a script."""
     if td.is_initialized():
+        barrier()
         td.destroy_process_group()
+        gc.collect()  # without these two, one run in six aborted in a destructor of gloo's at exit (torch 2.13)
 
 
 def rank():
@@ -185,6 +188,16 @@ def shard(model, param_dtype=torch.bfloat16):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
     return model
+
+
+def compute_dtype(name, ctx):
+    """The dtype to give to `shard`: "auto" is bf16 on several CUDA processes, else fp32. One process computes in fp32,
+    since nothing casts its fp32 masters: ValueError for "bf16" there.
+    """
+    if name == "bf16" and ctx.world == 1:
+        raise ValueError("dtype = bf16 needs several processes (torchrun): one alone computes in fp32; use dtype=auto")
+    cuda = name == "auto" and ctx.device.type == "cuda" and ctx.world > 1
+    return torch.bfloat16 if name == "bf16" or cuda else torch.float32
 
 
 def _units(model):

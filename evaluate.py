@@ -21,6 +21,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class Config:
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     sampling: Sampling = field(default_factory=Sampling)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    dtype: str = "auto"  # auto: bf16 on CUDA, fp32 on CPU
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
 
 
 # ----------------------------------------------------------------------------------------- episodes
@@ -351,7 +352,8 @@ def main():
                 or done.get("settings") != json.loads(json.dumps(settings))
             ):
                 tokenizer = AutoTokenizer.from_pretrained(path)
-                model = load_model(path, torch.bfloat16 if bf16 else torch.float32, ctx.device)
+                with config.user_error():
+                    model = load_model(path, torch.bfloat16 if bf16 else torch.float32, ctx.device)
                 model.valid_vocab = len(tokenizer)
                 with torch.no_grad():
                     policy = Policy(model, tokenizer, env, cfg.sampling)

@@ -32,6 +32,7 @@ def claim(folder: Path, cfg, ignore: tuple[str, ...] = ()) -> None:
                     f"choose another run name, or remove {folder}"
                 )
     config.save(cfg, path)
+    print(f"configuration: {path}", flush=True)
 
 
 def read_jsonl(path: Path, repair: bool = False) -> list[dict]:

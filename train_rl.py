@@ -100,7 +100,7 @@ class Config:
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     micro_batch_tokens: int = 16384  # padded tokens in one forward pass; changes memory and speed alone
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute: bf16 on CUDA; master weights are fp32
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute: bf16 on several GPUs; master weights are fp32
     checkpoint_blocks: bool = False  # recompute activations in the backward pass: less memory, slower
     # log and save
     save_every: int = 5
@@ -383,6 +383,8 @@ def main():
     root = Path("runs") / cfg.run
     out = root / cfg.out
     init = require_checkpoint(cfg.init or str(root / "sft"), "run train_sft.py first, or set init")
+    with config.user_error():
+        compute = dist.compute_dtype(cfg.dtype, ctx)
     if cfg.states_per_step % ctx.world:
         raise config.UserError(f"states_per_step must be a multiple of {ctx.world} ranks")
     pool = StatePool(read_jsonl(root / "data" / "states.jsonl"), cfg)
@@ -392,22 +394,19 @@ def main():
     dist.barrier()
 
     # Models: the policy, its frozen reference, and a critic of the same size. No dropout anywhere.
-    bf16 = ctx.device.type == "cuda" if cfg.dtype == "auto" else cfg.dtype == "bf16"
-    compute = torch.bfloat16 if bf16 else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(init)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    alone = ctx.world == 1  # nothing casts then: fp32 throughout, the reference too, or KL would start at rounding
 
     def shard(model):
         return dist.shard(model, compute)
 
-    actor = load_model(init, torch.float32, ctx.device, shard)
-    reference = None
-    if cfg.kl_coef:
-        reference = load_model(init, torch.float32 if alone else compute, ctx.device, shard).requires_grad_(False)
-    critic = None
-    if cfg.advantage == "gae":
-        critic = load_value_model(cfg.critic_init or init, torch.float32, ctx.device, shard)
+    reference, critic = None, None
+    with config.user_error():
+        actor = load_model(init, torch.float32, ctx.device, shard)
+        if cfg.kl_coef:
+            reference = load_model(init, compute, ctx.device, shard).requires_grad_(False)
+        if cfg.advantage == "gae":
+            critic = load_value_model(cfg.critic_init or init, torch.float32, ctx.device, shard)
     for model in (actor, reference, critic):
         if model is not None:
             trunk = getattr(model, "trunk", model)
@@ -600,6 +599,7 @@ def main():
             if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 save(step + 1)
             if stop:
+                dist.close()
                 sys.exit(128 + stop)
     dist.print0(f"wrote {out}")
     dist.close()

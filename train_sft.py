@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ class Config:
     heldout: float = 0.05  # share of the trajectories kept for the held-out loss, by trajectory
     eval_every: int = 200  # updates between held-out losses
     save_every: int = 200  # updates between checkpoints
-    dtype: str = "auto"  # auto: bf16 on CUDA, fp32 on CPU; master weights are always fp32
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute: bf16 on several GPUs; master weights are fp32
     checkpoint_blocks: bool = False  # recompute activations in the backward pass: less memory, slower
 
     def __post_init__(self):
@@ -82,9 +83,14 @@ def make_examples(rows: list[dict], cfg: Config, tokenizer) -> list[tuple[list[i
         for state, step in zip(states_of(row), row["steps"]):
             prompt = encode_state(state, cfg.agent, tokenizer)
             reply = [*encode_text(step["reply"], tokenizer), tokenizer.eos_token_id]
-            if len(reply) <= cfg.agent.max_new_tokens:  # longer ones could not be sampled
-                examples.append((prompt, reply))
-    return examples
+            examples.append((prompt, reply))
+    kept = [e for e in examples if len(e[1]) <= cfg.agent.max_new_tokens]
+    if len(kept) < len(examples):
+        dist.print0(
+            f"{len(examples) - len(kept)} of {len(examples)} examples left out: their reply is longer than "
+            f"agent.max_new_tokens = {cfg.agent.max_new_tokens} and could not be sampled"
+        )
+    return kept
 
 
 def texts_of(rows: list[dict], cfg: Config):
@@ -166,10 +172,9 @@ def starting_model(cfg: Config, rows: list[dict], ctx):
     """(model, tokenizer): pretrained weights, or a small decoder and tokenizer made for these trajectories.
 
     COLLECTIVE."""
-    bf16 = ctx.device.type == "cuda" if cfg.dtype == "auto" else cfg.dtype == "bf16"
 
-    def shard(model):  # one process alone computes in fp32
-        return dist.shard(model, torch.bfloat16 if bf16 else torch.float32)
+    def shard(model):
+        return dist.shard(model, dist.compute_dtype(cfg.dtype, ctx))
 
     if cfg.model.path:
         require_checkpoint(cfg.model.path, "give a Hugging Face directory or hub id as model.path")
@@ -209,12 +214,14 @@ def main():
     dist.barrier()
     if (out / "config.json").exists():  # written last
         dist.print0(f"{out} is finished already; remove it to train again")
+        dist.close()
         return
 
     # Split by trajectory (all its renamed copies with it): states of one episode are nearly the same text.
     indices = np.random.default_rng([cfg.seed, 1]).permutation(sorted({row["index"] for row in rows}))
     held = set(indices[: round(cfg.heldout * len(indices))].tolist())
-    model, tokenizer = starting_model(cfg, rows, ctx)
+    with config.user_error():
+        model, tokenizer = starting_model(cfg, rows, ctx)
     model.valid_vocab = len(tokenizer)
     model.checkpoint_blocks = cfg.checkpoint_blocks
     train = make_examples([r for r in rows if r["index"] not in held], cfg, tokenizer)
@@ -286,6 +293,7 @@ def main():
             bar.update()
             if signum := stop_requested():
                 save(update + 1, log)
+                dist.close()
                 sys.exit(128 + signum)
             if (update + 1) % cfg.save_every == 0 and update + 1 < updates:
                 save(update + 1, log)

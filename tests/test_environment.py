@@ -132,8 +132,7 @@ def test_equal_experiments_run_once(env, start, monkeypatch):
 def test_our_own_failures_are_neither_scored_nor_cached(env, start, monkeypatch):
     import sandbox
 
-    broken = sandbox.Result(**{**dict.fromkeys(sandbox.Result.__dataclass_fields__, 0), "reason": "internal"})
-    broken = replace(broken, stdout="", stderr="") if hasattr(broken, "__dataclass_fields__") else broken
+    broken = sandbox.Result("internal", -1, "", "the monitor was lost", 0.0, 0.0, 0.0, env.pool.tier)
     task = tasks.load(NAME)
     files = {"train.py": task.sources()["train.py"] + "# internal\n"}
     with monkeypatch.context() as patch:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,10 @@ def run_dir(tmp_path_factory):
     tokenizer = train_tokenizer(texts, 300)
     shape = ModelConfig("qwen2", len(tokenizer), 32, 64, 2, 2, 1, 16, tie_word_embeddings=True)
     save_model(build_model(shape, 0), folder / "runs" / "t" / "sft", tokenizer=tokenizer)
+    other = folder / "sliding"  # a model that this decoder does not cover
+    shutil.copytree(folder / "runs" / "t" / "sft", other)
+    hf = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(hf | {"use_sliding_window": True}))
     return folder
 
 
@@ -240,6 +245,8 @@ def close_or_none(one: dict, two: dict) -> float:
         ({"steps": "many"}, "steps"),
         ({"agent.max_prompt_tokens": 3}, "max_prompt_tokens"),
         ({"run": "other"}, "other"),
+        ({"dtype": "bf16"}, "several processes"),
+        ({"init": "sliding"}, "sliding-window"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run_dir, keys, reason):
