@@ -2,9 +2,13 @@
 
 A task is a folder `tasks/<name>/`: task.yaml (what it is), prepare.py (raw files -> public and
 private files), train.py (the script that an agent improves) and ideas.yaml (edits of it).
+The micro suite runs on data of Python packages; the paper suite on the paper's own data, which its
+user downloads. Where benchmarks define a paper task differently, its folder holds a second file
+task@<variant>.yaml with the keys that differ, and `<name>@<variant>` is a task of its own.
 
     python -m tasks list
     python -m tasks prepare m-ames m-digits
+    python -m tasks prepare spaceship-titanic --raw spaceship-titanic.zip
     task = tasks.load("m-ames"); task.score(open("submission.csv", "rb").read(), part="eval")
 
 Prepared data lie in DATA/<name>/: `public` is all that a script may see (as `data/`), `private`
@@ -14,32 +18,29 @@ is the two together.
 """
 
 import copy
-import csv
 import functools
 import hashlib
 import importlib.util
-import io
 import json
 import math
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import yaml
 
 from tasks.metrics import METRICS
+from tasks.submission import Answers, InvalidSubmission, parse, read_answers
 
 ROOT = Path(__file__).resolve().parent
 DATA = Path(os.environ.get("ML_AGENT_DATA", ROOT.parent / "data"))
 PARTS = ("reward", "eval", "all")
 AXES = ("data", "model", "learning")  # the three axes of ideas, and the blocks of a micro script
 BLOCKS_END = "submission"
-MAX_SUBMISSION_BYTES = 64 * 2**20
-SUM_TOLERANCE = 1e-4  # rows of class probabilities: float32 in text must pass, half a row must not
+# Keys of task.yaml that may be left out, and what they are then.
+DEFAULTS = {"initial_source": "measured", "requires": {}, "starter": "train.py"}
 # What micro scripts import, for a sandbox that forks its runs from a server with warm imports.
 PRELOAD = (
     "numpy",
@@ -64,22 +65,14 @@ class TaskError(ValueError):
     """The task or its data are not in order; the message says what to do, in one line."""
 
 
-class InvalidSubmission(Exception):
-    """The submission cannot be scored; `reason` is one line that may be shown to an agent."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
-
-
 @dataclass(frozen=True)
 class Idea:
-    """An edit of the starter: replace the body of `block` by `code`."""
+    """Something to try. In micro tasks it is an edit, too: replace the body of `block` by `code`."""
 
     axis: str  # data | model | learning
     text: str  # at most six words in micro tasks, unique within the task
-    block: str  # the block of train.py that the code replaces
-    code: str
+    block: str | None  # the block of train.py that the code replaces; None: a text without code
+    code: str | None
     note: str | None  # measured alone: improves | hurts | neutral | crashes | times_out
 
 
@@ -108,12 +101,15 @@ class Task:
     id_column: str
     columns: tuple[str, ...]  # of the submission, beside the id
     classes: tuple[str, ...]  # allowed labels, as text; empty when the metric takes numbers
-    initial_score: dict  # part -> score of the unchanged train.py
+    initial_score: dict | None  # part -> score of the unchanged starter; None: not known yet
+    initial_source: str  # "measured", or where else the initial score is from
     best_score: float  # on all answers
     best_source: str
     noise: float  # bootstrap standard error of the best score
     limits: dict  # keys of sandbox.Limits
     source: dict  # command: how to get the raw files; files: path in raw -> sha256 or None
+    requires: dict  # import name -> pip name of packages that this task alone needs
+    starter: str  # the file that an agent gets as train.py
     dir: Path
 
     @property
@@ -124,7 +120,7 @@ class Task:
 
     def sources(self) -> dict[str, str]:
         """The files that an agent edits: name -> text."""
-        return {"train.py": (self.dir / "train.py").read_text()}
+        return {"train.py": (self.dir / self.starter).read_text()}
 
     def helpers(self) -> dict[str, str]:
         """Files that stand beside the script and that an agent cannot change: name -> text."""
@@ -141,11 +137,12 @@ class Task:
         unknown = (without | set(notes)) - {entry["text"] for entry in entries}
         if unknown:
             raise TaskError(f"{self.name}/ideas.yaml: no idea has the text {min(unknown)!r}")
-        ideas = [
-            Idea(e["axis"], e["text"], e.get("block", e["axis"]), e["code"], notes.get(e["text"]))
-            for e in entries
-            if e["text"] not in without
-        ]
+        ideas = []
+        for entry in entries:
+            axis, text, code = entry["axis"], entry["text"], entry.get("code")
+            block = None if code is None else entry.get("block", axis)
+            if text not in without:
+                ideas.append(Idea(axis, text, block, code, notes.get(text)))
         texts = [idea.text for idea in ideas]
         twice = {text for text in texts if texts.count(text) > 1}
         if twice:
@@ -165,7 +162,7 @@ class Task:
     def manifest(self) -> dict | None:
         """What `prepare` wrote: recipe, fingerprint, files; None when there is nothing."""
         path = DATA / self.name / "manifest.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return _parse_manifest(path, path.stat().st_mtime_ns) if path.exists() else None
 
     def is_prepared(self) -> bool:
         """Whether data are there and were made by the prepare.py of today."""
@@ -173,9 +170,20 @@ class Task:
         return manifest is not None and manifest["recipe"] == _recipe(self)
 
     def require_prepared(self) -> None:
+        """TaskError unless an agent can work on the task: data, packages and an initial score."""
+        self.require_data()
+        self.require_packages()
+        self.scale()
+
+    def require_data(self) -> None:
         if not self.is_prepared():
             what = "are out of date" if self.manifest() else "are missing"
             raise TaskError(f"the data of {self.name} {what}; run: python -m tasks prepare {self.name}")
+
+    def require_packages(self) -> None:
+        absent = [pip for module, pip in self.requires.items() if importlib.util.find_spec(module) is None]
+        if absent:
+            raise TaskError(f"{self.name} needs more packages; run: pip install {' '.join(absent)}")
 
     # --- scores ---
 
@@ -187,13 +195,34 @@ class Task:
         """
         if part not in PARTS:
             raise ValueError(f"part must be one of {', '.join(PARTS)}, not {part!r}")
-        truth, predictions, answers = aligned(self, submission)
-        rows = answers.parts[part]
-        with np.errstate(over="ignore"):  # of the square of 1e200, which is refused below
-            score = METRICS[self.metric].function(truth[rows], predictions[rows])
-        if not math.isfinite(score):
-            raise InvalidSubmission(f"the {self.metric} of these values is not a finite number")
-        return score
+        return self.scores(submission, (part,))[part]
+
+    def scores(self, submission: bytes, parts: tuple[str, ...] = PARTS) -> dict[str, float]:
+        """`score` on several parts, for one reading of the submission."""
+        truth, predictions, answers = self.aligned(submission)
+        found = {}
+        for part in parts:
+            rows = answers.parts[part]
+            with np.errstate(over="ignore"):  # of the square of 1e200, which is refused below
+                found[part] = METRICS[self.metric].function(truth[rows], predictions[rows])
+            if not math.isfinite(found[part]):
+                raise InvalidSubmission(f"the {self.metric} of these values is not a finite number")
+        return found
+
+    def aligned(self, submission: bytes) -> tuple[np.ndarray, np.ndarray, Answers]:
+        """(truth, predictions, answers): both in the order of the answers; raises InvalidSubmission."""
+        answers = self._answers()
+        args = self.metric, self.id_column, self.columns, self.classes
+        return answers.truth, parse(submission, answers, *args), answers
+
+    def max_submission_bytes(self) -> int:
+        """A bound on submission.csv that no full answer exceeds."""
+        return self._answers().max_bytes
+
+    def _answers(self) -> Answers:
+        self.require_data()
+        path = self.private / "answers.csv"
+        return _read_answers(path, path.stat().st_mtime_ns, self.metric, self.columns, self.classes)
 
     def better(self, a: float | None, b: float | None) -> bool:
         """Whether score a beats score b; None (no score) is worse than any number."""
@@ -212,9 +241,12 @@ class Task:
         return beta * (m - initial) / initial
 
     def scale(self, part: str = "all") -> Scale:
-        if self.best_score is None:
+        if self.initial_score is None or self.best_score is None:
             raise TaskError(f"{self.name} is not measured; run: python -m tasks measure {self.name} --write")
-        return Scale(self.initial_score[part], self.best_score, self.noise, self.lower_is_better)
+        initial = self.initial_score[part]
+        if not self.better(self.best_score, initial):
+            raise TaskError(f"{self.name}: the best score must beat the initial one ({initial}); correct its task.yaml")
+        return Scale(initial, self.best_score, self.noise, self.lower_is_better)
 
 
 # --- load ---
@@ -230,12 +262,20 @@ def names(suite: str | None = None, split: str | None = None) -> list[str]:
     return [name for _, _, name in sorted(found)]
 
 
+def variants(name: str) -> list[str]:
+    """Names of the other definitions of a task, `name@variant`."""
+    return [f"{name}@{path.stem.split('@')[1]}" for path in sorted((ROOT / name).glob("task@*.yaml"))]
+
+
 def load(name: str) -> Task:
-    """The task called `name`; TaskError names the tasks there are."""
-    path = ROOT / name / "task.yaml"
+    """The task called `name`, or `name@variant`; TaskError names the tasks there are."""
+    path = spec_path(name)
     if "/" in name or not path.exists():
-        raise TaskError(f"no task is called {name!r}; there are: {', '.join(names())}")
-    spec = _read_yaml(path)
+        there = [known for task in names() for known in (task, *variants(task))]
+        raise TaskError(f"no task is called {name!r}; there are: {', '.join(there)}")
+    spec = DEFAULTS | _read_yaml(path.parent / "task.yaml")
+    if path.name != "task.yaml":
+        spec |= _read_yaml(path) | {"name": name}
     submission = spec.pop("submission")
     spec |= {
         "id_column": submission["id"],
@@ -253,6 +293,12 @@ def load(name: str) -> Task:
     return Task(**spec)
 
 
+def spec_path(name: str) -> Path:
+    """The file that holds the task's own keys, which `measure` may change."""
+    folder, at, variant = name.partition("@")
+    return ROOT / folder / f"task{at}{variant}.yaml"
+
+
 def _read_yaml(path: Path):
     return copy.copy(_parse_yaml(path, path.stat().st_mtime_ns))
 
@@ -266,69 +312,118 @@ def _parse_yaml(path: Path, mtime_ns: int):
         raise TaskError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
+@functools.lru_cache(maxsize=64)
+def _parse_manifest(path: Path, mtime_ns: int) -> dict:
+    """Parsed once per version of the file, which lists every image of some tasks."""
+    return json.loads(path.read_text())
+
+
 # --- prepare ---
 
 
 def prepare(name: str, raw: Path | None = None) -> dict:
     """Make the task's public and private files from its raw ones; returns the manifest.
 
-    `raw` is the folder of the raw files: by default DATA/packages for micro tasks and
-    DATA/raw/<name> for the others. The work is done in a temporary folder that takes its place
-    by a rename when it is complete, so that a killed run leaves nothing half done.
+    `raw` is a folder with the raw files, or the archive that the download command leaves: by default
+    DATA/packages for micro tasks, and for the others DATA/raw/<name> or DATA/raw/<name>.zip. The work
+    is done in a temporary folder that takes its place by a rename when it is complete, so that a
+    killed run leaves nothing half done.
     """
     task = load(name)
-    raw = Path(raw or (DATA / "packages" if task.suite == "micro" else DATA / "raw" / name))
-    _check_raw(task, raw)
+    task.require_packages()
     DATA.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=DATA))
-    try:
-        (temporary / "public").mkdir()
-        (temporary / "private").mkdir(mode=0o700)
-        _module(task).prepare(raw, temporary / "public", temporary / "private")
-        files = {
-            str(path.relative_to(temporary)): sha256(path) for path in sorted(temporary.rglob("*")) if path.is_file()
-        }
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=DATA) as folder:
+        new = Path(folder) / "new"
+        (new / "public").mkdir(parents=True)
+        (new / "private").mkdir(mode=0o700)
+        try:
+            raw = _raw_folder(task, raw and Path(raw), Path(folder) / "raw")
+            _prepare_function(task)(raw, new / "public", new / "private")
+            _check_answers(task, new / "private" / "answers.csv")
+        except TaskError as error:  # of the raw files, whatever it is
+            raise TaskError(f"{name}: {error}; run: {task.source['command']}") from error
+        files = {str(path.relative_to(new)): sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
         fingerprint = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         manifest = {"recipe": _recipe(task), "fingerprint": fingerprint, "files": files}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        temporary.chmod(0o755)
+        (new / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        new.chmod(0o755)
         final = DATA / name
         if final.exists():  # a folder cannot be renamed over a full one: move the old one away
-            old = Path(tempfile.mkdtemp(prefix=f".{name}.old.", dir=DATA))
-            final.rename(old / name)
-            temporary.rename(final)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            final.rename(Path(folder) / "old")
+        new.rename(final)
     return manifest
 
 
-def _check_raw(task: Task, raw: Path) -> None:
-    for file, digest in task.source["files"].items():
-        path = raw / file
-        if not path.exists():
-            raise TaskError(f"{task.name} needs {path}; run: {task.source['command']}")
+def _raw_folder(task: Task, raw: Path | None, scratch: Path) -> Path:
+    """The folder of the raw files, complete; an archive is unpacked into `scratch` (those in it are not)."""
+    if raw is None:
+        raw = DATA / "packages" if task.suite == "micro" else DATA / "raw" / task.dir.name
+    archives = [raw, raw / f"{task.dir.name}.zip", Path(f"{raw}.zip")]
+    files = task.source["files"]
+    if not any(_raw_file(raw, file) for file in files):
+        archive = next((path for path in archives if path.is_file()), None)
+        if archive and archive.name in files:
+            raw = archive.parent
+        elif archive:
+            from tasks import raw as reading  # needs pandas and this module
+
+            reading.unpack(archive, scratch)
+            raw = scratch
+    for file, digest in files.items():
+        path = _raw_file(raw, file)
+        if path is None:
+            raise TaskError(f"needs {(archive if raw == scratch else raw) / file}")
         if digest is not None and sha256(path) != digest:
-            raise TaskError(
-                f"{task.name}: {path} is not the file that the scores were measured on; "
-                f"delete it and run: {task.source['command']}"
-            )
+            raise TaskError(f"{path} is not the file that the scores were measured on, delete it")
+    return raw
 
 
-def _module(task: Task):
+def _raw_file(raw: Path, file: str) -> Path | None:
+    """raw/file, packed or unpacked: `train.csv` stands for train.csv.zip, and the other way round."""
+    bare = file.removesuffix(".zip").removesuffix(".7z")
+    return next((raw / name for name in (file, f"{file}.zip", bare) if (raw / name).exists()), None)
+
+
+def _check_answers(task: Task, path: Path) -> None:
+    """TaskError unless the right answers, taken for predictions, can be scored on every part."""
+    metric = METRICS[task.metric]
+    try:
+        answers = read_answers(path, task.metric, task.columns, task.classes)
+    except ValueError as error:
+        raise TaskError(f"an answer cannot be read: {error}") from error
+    if len(np.unique(answers.ids)) != len(answers.ids):
+        raise TaskError("two rows of the answers have the same id")
+    right = answers.truth
+    if metric.takes == "label" and (strange := set(map(str, np.unique(right))) - set(task.classes)):
+        raise TaskError(f"{min(strange)!r} is among the answers, but no class of the task")
+    if metric.takes == "distribution":
+        right = np.eye(len(task.columns))[right]
+    elif metric.takes == "ranking":
+        right = np.array([[label, ""] for label in right], dtype=object)
+    for part, rows in answers.parts.items():
+        try:
+            score = metric.function(answers.truth[rows], right[rows]) if len(rows) else math.nan
+        except ValueError as error:
+            raise TaskError(f"the answers ({part}) cannot be scored: {error}") from error
+        if not math.isfinite(score):
+            raise TaskError(f"there are no answers ({part}) that could be scored")
+
+
+def _prepare_function(task: Task):
+    """`prepare` of prepare.py; for name@some-variant `prepare_some_variant`, where there is one."""
     path = task.dir / "prepare.py"
-    spec = importlib.util.spec_from_file_location(f"prepare_{task.name.replace('-', '_')}", path)
+    spec = importlib.util.spec_from_file_location(f"prepare_{task.dir.name.replace('-', '_')}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    variant = task.name.partition("@")[2].replace("-", "_")
+    return getattr(module, f"prepare_{variant}", module.prepare)
 
 
 def _recipe(task: Task) -> str:
     """Changes whenever the code that makes the data changes."""
-    shared = (ROOT / "build.py").read_bytes() if task.suite == "micro" else b""
-    return hashlib.sha256((task.dir / "prepare.py").read_bytes() + shared).hexdigest()
+    shared = ("build.py",) if task.suite == "micro" else ("build.py", "raw.py", "split.py")
+    code = [task.dir / "prepare.py", *(ROOT / name for name in shared)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in code if path.exists())).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -336,141 +431,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- score ---
-
-
-def aligned(task: Task, submission: bytes) -> tuple[np.ndarray, np.ndarray, SimpleNamespace]:
-    """(truth, predictions, answers): both in the order of the answers; raises InvalidSubmission.
-
-    Shapes [n] or [n, k], as the metric wants them. `answers` also has `parts` (part -> row
-    numbers) and `groups` ([n] or None: rows whose errors are related, for the bootstrap).
-    """
-    task.require_prepared()
-    path = task.private / "answers.csv"
-    answers = _answers(path, path.stat().st_mtime_ns, task.metric, task.columns, task.classes)
-    return answers.truth, _parse(task, submission, answers.ids), answers
-
-
 @functools.lru_cache(maxsize=64)
-def _answers(path: Path, mtime_ns: int, metric: str, columns: tuple, classes: tuple):
+def _read_answers(path: Path, mtime_ns: int, *how) -> Answers:
     """The answers file, parsed once per version of it: `mtime_ns` is part of the cache's key."""
-    with open(path, newline="") as file:
-        header, *rows = csv.reader(file)
-    table = dict(zip(header, zip(*rows)))
-    takes = METRICS[metric].takes
-    if takes == "distribution":  # one column of labels against one column per class
-        truth = np.array([columns.index(label) for label in table["label"]])
-    elif takes in ("label", "ranking"):
-        truth = np.array(table[columns[0]])
-    else:
-        truth = np.column_stack([np.array(table[c], dtype=float) for c in columns])
-        truth = truth[:, 0] if len(columns) == 1 else truth
-    half = np.array(table["part"])
-    parts = {part: np.flatnonzero(half == part) for part in ("reward", "eval")}
-    parts["all"] = np.arange(len(half))
-    groups = np.array(table["group"]) if "group" in table else None
-    return SimpleNamespace(ids=table["id"], truth=truth, parts=parts, groups=groups)
-
-
-def _parse(task: Task, submission: bytes, ids: tuple[str, ...]) -> np.ndarray:
-    """Predictions in the order of `ids`; raises InvalidSubmission for anything but a full answer.
-
-    The bytes come from a program that may be wrong in every way, so nothing is guessed: ids are
-    matched as text, and a missing or doubled row, an empty cell or an infinite number ends it.
-    """
-    if len(submission) > MAX_SUBMISSION_BYTES:
-        raise InvalidSubmission(f"submission.csv is larger than {MAX_SUBMISSION_BYTES >> 20} MB")
-    try:
-        text = submission.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InvalidSubmission("submission.csv is not UTF-8 text") from None
-    expected = [task.id_column, *task.columns]
-    rows = []
-    try:  # strict: a stray quote is an error, and a field of 128 KiB is one in any case
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = next(reader, [])
-        if sorted(header) != sorted(expected):
-            raise InvalidSubmission(
-                f"submission.csv must have the columns {_short(','.join(expected))}, not {_short(','.join(header))}"
-            )
-        for row in reader:
-            if len(row) != len(header):
-                raise InvalidSubmission(
-                    f"line {reader.line_num} of submission.csv has {len(row)} fields, not {len(header)}"
-                )
-            rows.append(row)
-            if len(rows) > len(ids):
-                raise InvalidSubmission(f"submission.csv has more than {len(ids)} rows")
-    except csv.Error as error:
-        raise InvalidSubmission(f"submission.csv is not valid CSV: {error}") from None
-    if len(rows) != len(ids):
-        raise InvalidSubmission(f"submission.csv has {len(rows)} rows, not {len(ids)}")
-    column = dict(zip(header, zip(*rows)))
-    position = {id_: i for i, id_ in enumerate(column[task.id_column])}
-    if len(position) != len(ids):
-        raise InvalidSubmission(f"submission.csv has the same {task.id_column} twice")
-    try:
-        order = np.array([position[id_] for id_ in ids])
-    except KeyError as error:
-        raise InvalidSubmission(f"submission.csv lacks the {task.id_column} {_short(error.args[0])}") from None
-    takes = METRICS[task.metric].takes
-    if takes == "ranking":
-        ranked = np.empty(len(ids), dtype=object)  # of lists, which may all be equally long
-        ranked[:] = [cell.split() for cell in column[task.columns[0]]]
-        return ranked[order]
-    if takes == "label":
-        return np.array([_label(task, cell) for cell in column[task.columns[0]]])[order]
-    values = np.column_stack([_numbers(name, column[name]) for name in task.columns])[order]
-    _check_range(takes, values)
-    return values[:, 0] if len(task.columns) == 1 else values
-
-
-def _numbers(name: str, cells) -> np.ndarray:
-    try:
-        values = np.array([float(cell) for cell in cells])
-    except ValueError:
-        bad = next(cell for cell in cells if not _is_number(cell))
-        raise InvalidSubmission(f"column {name} has {_short(bad)!r}, not a number") from None
-    if not np.isfinite(values).all():
-        raise InvalidSubmission(f"column {name} has NaN or infinite values")
-    return values
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _label(task: Task, cell: str) -> str:
-    """The class that a cell names; "3.0" is the class "3", since pandas likes to write it so."""
-    label = cell[:-2] if cell.endswith(".0") and cell not in task.classes else cell
-    if label not in task.classes:
-        raise InvalidSubmission(f"column {task.columns[0]} has {_short(cell)!r}, which is no class")
-    return label
-
-
-def _check_range(takes: str, values: np.ndarray) -> None:
-    if takes in ("probability", "distribution") and (values.min() < 0 or values.max() > 1):
-        raise InvalidSubmission("probabilities must lie between 0 and 1")
-    if takes == "distribution":
-        off = np.abs(values.sum(axis=1) - 1).max()
-        if off > SUM_TOLERANCE:
-            raise InvalidSubmission(f"each row's probabilities must sum to 1 (off by {off:.3g})")
-    if takes == "above -1" and values.min() <= -1:
-        raise InvalidSubmission("values must be greater than -1, since their log(1 + x) is scored")
-    if takes == "whole" and (values != np.round(values)).any():
-        raise InvalidSubmission("values must be whole numbers")
-    if takes == "whole" and np.abs(values).max() > 1000:  # the metric lists every number between
-        raise InvalidSubmission("values are far outside the range of the answers")
-
-
-def _short(text: str, limit: int = 80) -> str:
-    """At most `limit` printable characters: reasons are shown to an agent."""
-    text = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])
-    return text if len(text) <= limit else text[:limit] + "..."
+    return read_answers(path, *how)
 
 
 # --- blocks of a micro script ---
@@ -498,8 +462,13 @@ def block_lines(script: str, block: str) -> tuple[int, int]:
     return first + 1, last
 
 
-def apply_block(script: str, block: str, code: str) -> str:
-    """The script with the block's body replaced by `code`; ValueError as in `block_lines`."""
+def apply_block(script: str, block: str | None, code: str | None) -> str:
+    """The script with the block's body replaced by `code`; ValueError as in `block_lines`.
+
+    TaskError when there is no code: the ideas of the paper suite are texts, for experts that write code.
+    """
+    if code is None:
+        raise TaskError("this task's ideas are texts without code, so only an LLM expert can try them")
     first, last = block_lines(script, block)
     lines = script.splitlines()
     return "\n".join(lines[: first - 1] + code.strip("\n").splitlines() + lines[last:]) + "\n"

@@ -1,7 +1,8 @@
 """The command line of the tasks.
 
 python -m tasks list
-python -m tasks prepare NAME... [--raw DIR]      NAME may be a suite: `prepare micro`
+python -m tasks prepare NAME... [--raw PATH]     NAME may be a suite: `prepare micro`; PATH a folder
+                                                 or the archive that the download command leaves
 python -m tasks check NAME...                    data, starter and scores as they should be?
 python -m tasks score NAME submission.csv
 python -m tasks measure NAME... [--write]        where task.yaml's numbers and the notes come from
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         sub = commands.add_parser(command)
         sub.add_argument("names", nargs="+", metavar="NAME", help="a task or a suite")
         if command == "prepare":
-            sub.add_argument("--raw", type=Path, help="folder of the raw files")
+            sub.add_argument("--raw", type=Path, help="folder or archive of the raw files")
         if command == "measure":
             sub.add_argument("--write", action="store_true", help="change task.yaml, ideas.yaml")
     score = commands.add_parser("score")
@@ -47,19 +48,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def list_tasks(args) -> int:
-    row = "{:<14}{:<7}{:<9}{:<9}{:<15}{:<16}{:>10}{:>10}{:>9}  {}"
-    header = ("name", "suite", "split", "modality", "kind", "metric", "initial", "best", "noise")
-    print(row.format(*header, "data"))
-    for name in tasks.names():
+    every = [variant for name in tasks.names() for variant in (name, *tasks.variants(name))]
+    row = f"{{:<{max(map(len, [*every, 'name'])) + 2}}}{{:<7}}{{:<9}}{{:<9}}{{:<21}}{{:>10}} {{:>9}}  {{}}"
+    print(row.format("name", "suite", "split", "modality", "metric", "initial", "best", "data"))
+    for name in every:
         task = tasks.load(name)
         metric = f"{task.metric} {'down' if task.lower_is_better else 'up'}"
-        numbers = ["-"] * 3
-        if task.best_score is not None:
-            scale = task.scale()
-            numbers = [f"{x:.5g}" for x in (scale.initial, scale.best, scale.noise)]
-        data = "ready" if task.is_prepared() else "stale" if task.manifest() else "-"
-        print(row.format(name, task.suite, task.split, task.modality, task.kind, metric, *numbers, data))
+        initial = "-" if task.initial_score is None else f"{task.initial_score['all']:.5g}"
+        initial += "*" if task.initial_score and task.initial_source != "measured" else " "
+        cells = name, task.suite, task.split, task.modality, metric, initial, f"{task.best_score:.5g}"
+        print(row.format(*cells, to_do(task) or "ready"))
+    print("* not measured: task.yaml says where it is from. data: ready, or the next command")
     return 0
+
+
+def to_do(task: tasks.Task) -> str:
+    """What comes next for this task, or nothing when an agent can work on it."""
+    if not task.is_prepared():
+        return "prepare again" if task.manifest() else "prepare"
+    try:
+        task.require_prepared()
+    except tasks.TaskError as error:  # packages or scores
+        return str(error).rpartition("run: ")[2].removeprefix("python -m tasks ")
+    return ""
 
 
 def prepare(args) -> int:
@@ -74,9 +85,9 @@ def score_file(args) -> int:
     if not args.submission.is_file():
         raise tasks.TaskError(f"there is no file {args.submission}")
     submission = args.submission.read_bytes()
-    for part in tasks.PARTS:
-        m = task.score(submission, part)
-        print(f"{part:<7} {task.metric} {m:.5f}   gain {task.gain(m, part):.3f}")
+    for part, m in task.scores(submission).items():
+        gain = "" if task.initial_score is None else f"   gain {task.gain(m, part):.3f}"
+        print(f"{part:<7} {task.metric} {m:.5f}{gain}")
     return 0
 
 
@@ -86,8 +97,12 @@ def check(args) -> int:
     failed = 0
     with measuring.new_pool() as pool:
         for name in expand(args.names):
-            problem = measuring.check(tasks.load(name), pool)
-            print(f"{name}: {problem or 'fine'}")
+            task = tasks.load(name)
+            problem = measuring.check(task, pool)
+            fine = "fine"
+            if task.initial_source != "measured":
+                fine += f"; its initial score is not measured, run: python -m tasks measure {name} --write"
+            print(f"{name}: {problem or fine}")
             failed += problem is not None
     return 1 if failed else 0
 

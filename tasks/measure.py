@@ -9,6 +9,7 @@ the sandbox with the task's limits, exactly like an agent's experiments.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +18,7 @@ import tasks
 from tasks.metrics import METRICS
 
 BOOTSTRAP_ROUNDS = 400
+BOOTSTRAP_ROWS = 400 * 100_000  # in all rounds: larger sets get fewer rounds, down to 20
 BEAM = 3  # combinations that the search keeps at each length
 MIN_STEP = 0.1  # standard errors that one more idea must add
 
@@ -34,7 +36,8 @@ class Run:
 
 def run(task: tasks.Task, script: str, pool) -> Run:
     """Run a train.py in a fresh workspace and score what it wrote."""
-    task.require_prepared()
+    task.require_data()
+    task.require_packages()
     workspace = sandbox.new_workspace()
     try:
         for name, text in (task.helpers() | {"train.py": script}).items():
@@ -50,8 +53,8 @@ def run(task: tasks.Task, script: str, pool) -> Run:
         if result.reason != "ok":
             return Run(result.reason, None, result.wall_s, output)
         try:
-            submission = sandbox.safe_read(workspace, "submission.csv", tasks.MAX_SUBMISSION_BYTES)
-            scores = {part: task.score(submission, part) for part in tasks.PARTS}
+            submission = sandbox.safe_read(workspace, "submission.csv", task.max_submission_bytes())
+            scores = task.scores(submission)
         except (sandbox.SubmissionError, tasks.InvalidSubmission) as error:
             return Run("bad_submission", None, result.wall_s, output + str(error))
         return Run("ok", scores, result.wall_s, output, submission)
@@ -66,7 +69,7 @@ def new_pool():
 
 def check(task: tasks.Task, pool) -> str | None:
     """None when data, starter and scores are in order, else what is wrong, in one line."""
-    task.require_prepared()
+    task.require_data()
     for name, digest in task.manifest()["files"].items():
         path = tasks.DATA / task.name / name
         if not path.exists() or tasks.sha256(path) != digest:
@@ -75,6 +78,8 @@ def check(task: tasks.Task, pool) -> str | None:
     if starter.scores is None:
         last = starter.output.strip().splitlines()[-1:]
         return f"the starter gives no score ({starter.reason}) {' '.join(last)}"
+    if task.initial_source != "measured":
+        return None  # a score from elsewhere is another starter's
     for part, expected in task.initial_score.items():
         if abs(starter.scores[part] - expected) > task.noise / 2:
             return f"the starter scores {starter.scores[part]:.5g} on {part}, not {expected:.5g}"
@@ -83,15 +88,22 @@ def check(task: tasks.Task, pool) -> str | None:
 
 def standard_error(task: tasks.Task, submission: bytes, seed: int = 0) -> float:
     """Bootstrap standard error of a submission's score: rows, or whole groups, drawn anew."""
-    truth, predictions, answers = tasks.aligned(task, submission)
+    truth, predictions, answers = task.aligned(submission)
     metric, rng = METRICS[task.metric].function, np.random.default_rng(seed)
-    groups = np.arange(len(truth)) if answers.groups is None else answers.groups
-    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    members = None
+    if answers.groups is not None:
+        number = np.unique(answers.groups, return_inverse=True)[1]
+        members = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
+    n = len(truth) if members is None else len(members)
     scores = []
-    for _ in range(BOOTSTRAP_ROUNDS):
-        drawn = rng.integers(0, len(members), len(members))
-        rows = np.concatenate([members[i] for i in drawn])
-        scores.append(metric(truth[rows], predictions[rows]))
+    for _ in range(max(20, min(BOOTSTRAP_ROUNDS, BOOTSTRAP_ROWS // len(truth)))):
+        rows = rng.integers(0, n, n)
+        if members is not None:
+            rows = np.concatenate([members[i] for i in rows])
+        try:
+            scores.append(metric(truth[rows], predictions[rows]))
+        except ValueError:  # an AUC whose rare class was not drawn
+            continue
     return float(np.std(scores))
 
 
@@ -143,14 +155,19 @@ def combine(task: tasks.Task, script: str, ideas: list, alone: dict, noise: floa
 
 
 def measure(name: str, pool, combinations: bool = True, log=print) -> dict:
-    """Everything measured about a task, as a dict; `write` stores it."""
+    """Everything measured about a task, as a dict; `write` stores it.
+
+    Ideas that are texts without code cannot be run: then only the starter is measured.
+    """
     task = tasks.load(name)
-    script, ideas = task.sources()["train.py"], task.ideas()
+    script, ideas = task.sources()["train.py"], [idea for idea in task.ideas() if idea.code is not None]
     starter = run(task, script, pool)
     if starter.scores is None:
         raise tasks.TaskError(f"{name}: the starter fails ({starter.reason}): {starter.output}")
     noise = standard_error(task, starter.submission)
     log(f"{name}: starter {starter.scores['all']:.5g} +- {noise:.2g} ({starter.seconds:.2f} s)")
+    if not ideas:
+        return {"starter": starter, "noise": noise}
     alone = {None: starter}
     for idea in ideas:
         alone[idea.text] = run(task, tasks.apply_block(script, idea.block, idea.code), pool)
@@ -177,25 +194,32 @@ def measure(name: str, pool, combinations: bool = True, log=print) -> dict:
 
 
 def write(name: str, found: dict) -> None:
-    """Put measured values into task.yaml (four lines) and ideas.yaml (its `notes`)."""
-    directory = tasks.load(name).dir
-    initial, final = found["starter"].scores, found["best"].scores["all"]
+    """Put measured values into task.yaml (one line each) and ideas.yaml (its `notes`)."""
+    initial = found["starter"].scores
     parts = ", ".join(f"{part}: {initial[part]:.5g}" for part in tasks.PARTS)
-    text = (directory / "task.yaml").read_text()
-    for key, value in {
-        "initial_score": f"{{{parts}}}",
-        "best_score": f"{final:.5g}",
-        "best_source": '"measured, on all answers: ' + found["best_texts"] + '"',
-        "noise": f"{found['noise']:.2g}",
-    }.items():
-        text, count = re.subn(rf"(?m)^{key}:.*$", f"{key}: {value}", text)
-        assert count == 1, f"{directory}/task.yaml must have one line '{key}:'"
-    (directory / "task.yaml").write_text(text)
+    values = {"initial_score": f"{{{parts}}}", "noise": f"{found['noise']:.2g}"}
+    if "best" not in found:  # of a task whose best score is not ours
+        values["initial_source"] = "measured"
+        _write_values(tasks.spec_path(name), values)
+        return
+    values["best_score"] = f"{found['best'].scores['all']:.5g}"
+    values["best_source"] = '"measured, on all answers: ' + found["best_texts"] + '"'
+    _write_values(tasks.spec_path(name), values)
     lines = ["notes:  # alone on the starter: python -m tasks measure " + name]
     for idea, word in found["notes"].items():
         lines.append(f"  {idea}: {word}  # {_figures(found['alone'][idea]).strip()}")
-    ideas = (directory / "ideas.yaml").read_text().split("\nnotes:")[0].rstrip("\n")
-    (directory / "ideas.yaml").write_text(ideas + "\n\n" + "\n".join(lines) + "\n")
+    path = tasks.load(name).dir / "ideas.yaml"
+    ideas = path.read_text().split("\nnotes:")[0].rstrip("\n")
+    path.write_text(ideas + "\n\n" + "\n".join(lines) + "\n")
+
+
+def _write_values(path: Path, values: dict[str, str]) -> None:
+    text = path.read_text()
+    for key, value in values.items():
+        text, count = re.subn(rf"(?m)^{key}:.*$", lambda _, line=f"{key}: {value}": line, text)
+        if count != 1:
+            raise tasks.TaskError(f"{path} must have one line '{key}:'")
+    path.write_text(text)
 
 
 def _figures(run: Run) -> str:

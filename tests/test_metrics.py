@@ -58,6 +58,19 @@ def test_mean_auc_is_the_mean_over_columns(rng):
     assert metrics.mean_auc(y, p) != pytest.approx(metrics.auc(y.ravel(), p.ravel()))
 
 
+def test_mean_auc_refuses_a_column_of_one_class():
+    y = np.array([[0, 1], [1, 1], [0, 1]])
+    with pytest.raises(ValueError, match="both classes"):
+        metrics.mean_auc(y, np.full((3, 2), 0.5))
+
+
+def test_rmse_pools_all_values(rng):
+    """The mean of each page's RMSE would be smaller: 2 instead of sqrt(5)."""
+    y, p = np.zeros(4), np.array([1.0, 1.0, 3.0, 3.0])
+    assert metrics.rmse(y, p) == pytest.approx(math.sqrt(5))
+    assert metrics.rmse(y.reshape(2, 2), p.reshape(2, 2)) == pytest.approx(math.sqrt(5))
+
+
 def test_errors_of_numbers(rng):
     y, p = rng.normal(size=30), rng.normal(size=30)
     assert metrics.mae(y, p) == pytest.approx(sum(abs(a - b) for a, b in zip(y, p)) / 30)
@@ -118,6 +131,13 @@ def test_map5():
     y = ["a", "b", "c", "d"]
     p = [["a", "x"], ["x", "x", "b"], ["q", "r", "s", "t", "u", "c"], []]
     assert metrics.map5(y, p) == pytest.approx((1 + 1 / 3 + 0 + 0) / 4)
+
+
+@pytest.mark.parametrize("place, score", [*enumerate([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 0])])
+def test_map5_by_place(place, score):
+    ranked = list("qrstuv")
+    ranked[place] = "a"
+    assert metrics.map5(["a"], [ranked]) == pytest.approx(score)
 
 
 def test_directions():

@@ -2,20 +2,25 @@
 
 import ast
 import csv
+import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections import Counter
+from concurrent.futures import Future
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
+import sandbox
 import tasks
-from tasks import build
+from tasks import build, measure, split, submission
 from tasks.__main__ import main
 
 MICRO = tasks.names(suite="micro")
@@ -101,6 +106,45 @@ def test_pools_are_shared_by_training_and_heldout_tasks():
         assert len(shared) >= 0.5 * len(texts["heldout"])
 
 
+PAPER = [variant for name in tasks.names(suite="paper") for variant in (name, *tasks.variants(name))]
+
+
+def test_the_paper_suite_is_complete():
+    assert len(tasks.names("paper", "train")) == 9 and len(tasks.names("paper", "heldout")) == 10
+    assert len(PAPER) == 21
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_task_is_well_formed(name):
+    task = tasks.load(name)
+    assert task.name == name and task.dir.name == name.partition("@")[0]
+    assert len(task.brief.split()) <= 15 and len(task.description) > 400
+    named = task.columns if len(task.columns) <= 6 else ()
+    for word in ("submission.csv", task.id_column, *named, "better"):
+        assert word in task.description
+    assert task.initial_source != "measured" if task.initial_score is None else task.initial_source
+    if task.initial_score:
+        assert all(task.scale(part).noise > 0 for part in tasks.PARTS)
+        assert abs(task.gain(task.best_score)) == pytest.approx(1)
+    limits = sandbox.Limits(**task.limits)
+    assert limits.wall_s == 1800 and limits.memory_mb >= 4096
+    assert {"about", "command", "files"} <= set(task.source) and task.source["files"]
+    assert ("kaggle" in task.source["command"]) == ("rules" in task.source)
+    assert task.best_source
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_starters_and_ideas(name):
+    task = tasks.load(name)
+    script = task.sources()["train.py"]
+    ast.parse(script)
+    assert "submission.csv" in script and len(script.splitlines()) <= 120
+    assert max(map(len, script.splitlines())) <= 120
+    counts = Counter(idea.axis for idea in task.ideas())
+    assert set(counts) == set(tasks.AXES) and min(counts.values()) >= 4
+    assert all(idea.code is None and idea.note is None for idea in task.ideas())
+
+
 # --- the blocks of a script ---
 
 SCRIPT = "import a\n# data\nX = 1\nX += 1\n# model\n# learning\nm = 2\n# submission\nend()\n"
@@ -183,6 +227,7 @@ def test_score_of_the_parts(toy):
     submission = table("id,a", *GOOD)
     assert task.score(submission) == 0.5
     assert task.score(submission, "reward") == 0 and task.score(submission, "eval") == 1
+    assert task.scores(submission) == {"reward": 0, "eval": 1, "all": 0.5}
     shuffled = table("a,id", "6,13", "2,11", "1,10", "3,12")  # rows and columns in any order
     assert task.score(shuffled, "eval") == 1
     with pytest.raises(ValueError, match="part"):
@@ -221,11 +266,12 @@ def test_score_takes_nothing_but_a_full_answer(toy, submission, reason):
 
 
 def test_a_huge_file_is_not_even_parsed(toy, monkeypatch):
-    monkeypatch.setattr(tasks, "MAX_SUBMISSION_BYTES", 10)
-    monkeypatch.setattr(tasks.csv, "reader", None)
-    with pytest.raises(tasks.InvalidSubmission, match="larger"):
-        toy_task = object.__new__(tasks.Task)
-        tasks._parse(toy_task, b"id,a\n" * 10, ())
+    task = toy()
+    limit = task.max_submission_bytes()
+    assert 2**20 < limit < 2**21
+    monkeypatch.setattr(submission.csv, "reader", None)
+    with pytest.raises(tasks.InvalidSubmission, match="larger than 1 MB"):
+        task.score(b"x" * (limit + 1))
 
 
 def test_a_score_that_overflows_is_no_score(toy):
@@ -278,8 +324,102 @@ def test_rankings(toy):
         assert task.score(table("id,a", *rows)) == 1.5 / 4
 
 
+def test_classes_bound_whole_numbers(toy):
+    task = toy("qwk", {"a": [1, 2, 3, 6]}, classes=[1, 2, 3, 4, 5, 6])
+    assert task.score(table("id,a", "10,1", "11,2", "12,3", "13,6")) == 1
+    for wrong in ("0", "7"):
+        with pytest.raises(tasks.InvalidSubmission, match="may have only 1, 2, 3, 4, 5, 6"):
+            task.score(table("id,a", "10,1", "11,2", "12,3", f"13,{wrong}"))
+
+
+@pytest.fixture
+def long():
+    """(answers, rows): 100 rows more than three chunks, with ids that are no numbers."""
+    n = 3 * submission.CHUNK + 100
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=n)
+    ids = np.array([f"é{i:x}" for i in rng.permutation(n)])
+    encoded = np.array([i.encode() for i in ids])
+    answers = submission.Answers(encoded, values, {"all": np.arange(n)}, None, 1 << 30)
+    return answers, [f"{i},{v!r}" for i, v in zip(ids, values.tolist())]
+
+
+def parse_long(answers, rows):
+    return submission.parse(table("id,a", *rows), answers, "mae", "id", ("a",), ())
+
+
+def test_rows_are_matched_by_id_across_chunks(long):
+    answers, rows = long
+    for order in (np.arange(len(rows)), np.random.default_rng(1).permutation(len(rows))):
+        assert np.array_equal(parse_long(answers, [rows[i] for i in order]), answers.truth)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda rows: rows.__setitem__(-1, rows[0]), "the same id twice"),
+        (lambda rows: rows.__setitem__(-1, "éx,1"), "lacks the id é"),
+        (lambda rows: rows.__setitem__(-1, "éx"), f"row {3 * submission.CHUNK + 100} of submission.csv has 1 fields"),
+        (lambda rows: rows.append("éx,1"), "more than"),
+        (lambda rows: rows.pop(), f"has {3 * submission.CHUNK + 99} rows"),
+        (lambda rows: rows.__setitem__(-1, rows[-1] + "\0"), "NUL"),
+    ],
+)
+def test_faults_are_found_in_the_last_chunk(long, change, reason):
+    answers, rows = long
+    change(rows)
+    with pytest.raises(tasks.InvalidSubmission, match=reason):
+        parse_long(answers, rows)
+
+
+@pytest.mark.parametrize("metric, columns, cells", [
+    ("mae", ("a", "b"), ["-1.7976931348623157e+308"] * 2),  # the longest number that Python writes
+    ("accuracy", ("a",), ["x" * 300]),
+    ("map5", ("a",), [" ".join(["w" * 40] * 5)]),
+])  # fmt: skip
+def test_no_full_answer_is_too_large(tmp_path, metric, columns, cells):
+    n = 50_000
+    truth = {c: [cell.split()[0]] * n for c, cell in zip(columns, cells)}
+    pd.DataFrame({"id": range(n), "part": "eval", **truth}).to_csv(tmp_path / "a.csv", index=False)
+    answers = submission.read_answers(tmp_path / "a.csv", metric, columns, (cells[0],))
+    quoted = [f'"{i}",' + ",".join(f'"{cell}"' for cell in cells) + "\r" for i in range(n)]
+    data = table('"id",' + ",".join(columns) + "\r", *quoted)
+    assert len(data) < answers.max_bytes < 3 * len(data) + 2**21
+    submission.parse(data, answers, metric, "id", columns, (cells[0],))
+
+
+@pytest.mark.slow
+def test_millions_of_rows_fit_into_little_memory(tmp_path):
+    """All pixels of 29 scanned pages: 5,789,880 rows in any order, some hundred bytes a row at the peak."""
+    n = 5_789_880
+    with open(tmp_path / "answers.csv", "w") as file:
+        file.write("id,part,value\n")
+        file.writelines(f"{i % 29}_{i // 29}_1,{'reward' if i % 2 else 'eval'},{i / n:.4f}\n" for i in range(n))
+    with open(tmp_path / "s.csv", "w") as file:
+        file.write("id,value\n")
+        file.writelines(f"{i % 29}_{i // 29}_1,{i / n + 0.25!r}\n" for i in reversed(range(n)))
+    code = (
+        "import resource, sys; from pathlib import Path; from tasks import submission; from tasks.metrics import rmse\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "import pandas; before = peak()\n"
+        "answers = submission.read_answers(Path('answers.csv'), 'rmse', ('value',), ())\n"
+        "data = Path('s.csv').read_bytes(); assert len(data) < answers.max_bytes\n"
+        "p = submission.parse(data, answers, 'rmse', 'id', ('value',), ())\n"
+        "print(before, peak(), rmse(answers.truth, p))"
+    )
+    # a fresh interpreter behind a shell, since a fork starts with its parent's peak
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -c "$1"', sys.executable, code], cwd=tmp_path, capture_output=True, text=True,
+        check=True, env={**os.environ, "PYTHONPATH": str(tasks.ROOT.parent)},
+    )  # fmt: skip
+    before, peak, score = done.stdout.split()
+    assert float(score) == pytest.approx(0.25, abs=1e-4)
+    assert int(peak) - int(before) < 1200, done.stdout  # MB; as Python lists of strings it would be 3 GB
+
+
 def test_better_gain_and_delta(toy):
-    down, up = toy("mae"), toy("accuracy", classes=["1.0"])
+    down, up = toy("mae"), toy("accuracy", classes=["1.0", "2.0", "3.0", "4.0"])
+    up = dataclasses.replace(up, best_score=9.0)
     assert down.better(1, 2) and not down.better(2, 1) and not down.better(1, 1)
     assert up.better(2, 1) and not up.better(1, 2)
     for task in (down, up):
@@ -302,6 +442,159 @@ def test_missing_or_changed_raw_files_are_named(toy, tmp_path):
     with pytest.raises(tasks.TaskError, match="not the file"):
         tasks.prepare("toy", tmp_path / "raw")
     assert task.is_prepared()  # what was there is still there
+
+
+def zip_file(path, **members):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, text in members.items():
+            file.writestr(name.replace("__", "."), text)
+    return path
+
+
+def test_prepare_takes_folders_and_archives(toy, tmp_path):
+    task = toy()
+    fingerprint, rows = task.manifest()["fingerprint"], (tmp_path / "raw" / "rows.csv").read_text()
+    places = [tmp_path / "any.zip", tmp_path / "folder" / "toy.zip", tasks.DATA / "raw" / "toy.zip"]
+    for place in places:
+        place.parent.mkdir(exist_ok=True, parents=True)
+        zip_file(place, rows__csv=rows)
+    # the archive, a folder with the archive in it, and what stands where the command leaves it
+    for raw in (places[0], places[1].parent, None):
+        shutil.rmtree(tasks.DATA / "toy")
+        assert tasks.prepare("toy", raw)["fingerprint"] == fingerprint
+        assert sorted(path.name for path in tasks.DATA.iterdir()) == ["raw", "toy"]
+    assert all(place.exists() for place in places)
+
+
+def test_archives_inside_the_archive_stay_packed(toy, tmp_path):
+    """rows.csv.zip counts as rows.csv; prepare.py gets it as it is."""
+    task = toy()
+    inner = zip_file(tmp_path / "inner.zip", rows__csv=(tmp_path / "raw" / "rows.csv").read_text())
+    outer = zip_file(tmp_path / "outer.zip", rows__csv__zip=inner.read_bytes())
+    code = (task.dir / "prepare.py").read_text().replace('raw / "rows.csv"', 'raw / "rows.csv.zip"')
+    (task.dir / "prepare.py").write_text(code)
+    tasks.prepare("toy", outer)
+    assert task.is_prepared()
+
+
+def test_archives_that_cannot_be_used_are_named_with_the_command(toy, tmp_path):
+    task = toy()
+    before = task.manifest()
+    whole = zip_file(tmp_path / "toy.zip", rows__csv="x" * 10_000).read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[:-100])
+    (tmp_path / "page.zip").write_text("<html>accept the rules first</html>")
+    zip_file(tmp_path / "evil.zip", rows__csv="", **{"../evil__txt": "here"})
+    zip_file(tmp_path / "other.zip", other__csv="")
+    for name, reason in [("cut", "damaged"), ("page", "damaged"), ("evil", "outside"), ("other", "needs .*rows.csv"),
+                         ("nothing", "needs .*rows.csv")]:  # fmt: skip
+        with pytest.raises(tasks.TaskError, match=f"^toy: .*{reason}.*; run: fetch toy$") as caught:
+            tasks.prepare("toy", tmp_path / f"{name}.zip")
+        assert "\n" not in str(caught.value)
+        assert name in str(caught.value)
+    assert not list(tmp_path.rglob("evil.txt"))
+    assert task.manifest() == before and [path.name for path in tasks.DATA.iterdir()] == ["toy"]
+
+
+def test_answers_that_cannot_be_scored_are_refused(toy):
+    with pytest.raises(tasks.TaskError, match=r"\(reward\) cannot be scored: AUC needs rows of both"):
+        toy("auc", {"a": [1, 0, 1, 1]})
+    with pytest.raises(tasks.TaskError, match="'2' is among the answers, but no class"):
+        toy("accuracy", {"a": [1, 0, 2, 1]}, classes=[0, 1])
+    with pytest.raises(tasks.TaskError, match="same id"):
+        toy(answers={"id": [10, 11, 12, 12], "a": [1, 2, 3, 4]})
+    with pytest.raises(tasks.TaskError, match=r"no answers \(eval\)"):
+        toy(answers={"part": ["reward"] * 4, "a": [1, 2, 3, 4]})
+
+
+def test_a_variant_is_a_task_of_its_own(toy, tmp_path, capsys):
+    task = toy()
+    (task.dir / "train.py").write_text("print('mae')")
+    (task.dir / "train_rmse.py").write_text("print('rmse')")
+    (task.dir / "task@other-way.yaml").write_text("metric: rmse\nstarter: train_rmse.py\nbest_score: 0.25\n")
+    with open(task.dir / "prepare.py", "a") as file:
+        file.write(
+            "def prepare_other_way(raw, public, private):\n    prepare(raw, public, private)\n"
+            "    path = private / 'answers.csv'\n    path.write_text(path.read_text().replace('4.0', '8.0'))\n"
+        )
+    assert tasks.variants("toy") == ["toy@other-way"] and tasks.names() == ["toy"]
+    for name in ("toy", "toy@other-way"):
+        tasks.prepare(name, tmp_path / "raw")
+    plain, other = tasks.load("toy"), tasks.load("toy@other-way")
+    assert (plain.metric, other.metric, other.name) == ("mae", "rmse", "toy@other-way")
+    assert (plain.best_score, other.best_score, other.noise) == (0.5, 0.25, plain.noise)
+    assert plain.sources() == {"train.py": "print('mae')"} and other.sources() == {"train.py": "print('rmse')"}
+    assert plain.score(table("id,a", *GOOD)) == 0.5 and other.score(table("id,a", *GOOD)) == 1
+    assert main(["list"]) == 0 and "toy@other-way" in capsys.readouterr().out
+    with pytest.raises(tasks.TaskError, match="there are: toy, toy@other-way"):
+        tasks.load("toy@third")
+
+
+def change(task, **keys):
+    """The task with other values in its task.yaml."""
+    spec = yaml.safe_load((task.dir / "task.yaml").read_text())
+    (task.dir / "task.yaml").write_text(yaml.safe_dump(spec | keys))
+    return tasks.load(task.name)
+
+
+def test_absent_packages_are_named(toy, tmp_path):
+    task = change(toy(), requires={"yaml": "pyyaml", "no_such_module": "no-such-package"})
+    for step in (lambda: tasks.prepare("toy", tmp_path / "raw"), task.require_prepared):
+        with pytest.raises(tasks.TaskError, match=r"^toy needs more packages; run: pip install no-such-package$"):
+            step()
+    assert task.score(table("id,a", *GOOD)) == 0.5  # scoring needs none of them
+
+
+def test_a_task_without_an_initial_score(toy, tmp_path, capsys):
+    task = change(toy(), initial_score=None, initial_source=None)
+    for step in (task.require_prepared, task.scale, lambda: task.gain(1.0), lambda: task.delta(1.0)):
+        with pytest.raises(tasks.TaskError, match=r"^toy is not measured; run: python -m tasks measure toy --write$"):
+            step()
+    assert task.score(table("id,a", *GOOD)) == 0.5
+    (tmp_path / "s.csv").write_bytes(table("id,a", *GOOD))
+    assert main(["score", "toy", str(tmp_path / "s.csv")]) == 0
+    assert "gain" not in capsys.readouterr().out
+    assert main(["list"]) == 0 and "measure toy --write" in capsys.readouterr().out
+
+
+def test_a_best_score_that_is_not_better_has_no_scale(toy):
+    with pytest.raises(tasks.TaskError, match="must beat the initial one"):
+        change(toy(), best_score=4.5).scale("all")
+
+
+def test_measuring_a_task_whose_ideas_are_texts(toy):
+    """Only the starter can be run: initial score and noise are ours then, the best score is not."""
+    task = change(toy(), initial_score=None, initial_source=None)
+    (task.dir / "ideas.yaml").write_text("ideas:\n- {axis: data, text: think}\n")
+    body = "id,a\\n10,1\\n11,2\\n12,3\\n13,6\\n"
+    (task.dir / "train.py").write_text(f'open("submission.csv", "w").write("{body}")\nprint("validation mae: 1")\n')
+
+    class Pool:  # the sandbox has tests of its own
+        def submit(self, argv, workspace, limits, read_only, hidden):
+            assert read_only == ((task.public, "data"),) and hidden == (task.private,)
+            subprocess.run([sys.executable, *argv[1:]], cwd=workspace, check=True)
+            future = Future()
+            future.set_result(sandbox.Result("ok", 0, "validation mae: 1\n", "", 1.0, 1.0, 1.0, "ns"))
+            return future
+
+    found = measure.measure("toy", Pool(), log=lambda *_: None)
+    measure.write("toy", found)
+    task = tasks.load("toy")
+    assert task.initial_score == {"reward": 0, "eval": 1, "all": 0.5} and task.initial_source == "measured"
+    assert (task.best_score, task.best_source) == (0.5, "")
+    assert task.noise == pytest.approx(1 * np.sqrt(3) / 4, rel=0.15)  # of the mean of {0, 0, 0, 2}
+    assert measure.check(task, Pool()) is None
+    wrong = change(task, initial_score={"reward": 0, "eval": 3, "all": 0.5})
+    assert measure.check(wrong, Pool()) == "the starter scores 1 on eval, not 3"
+    assert measure.check(change(wrong, initial_source="the paper"), Pool()) is None
+
+
+def test_ideas_without_code_say_that_they_need_a_writer(toy):
+    task = toy()
+    (task.dir / "ideas.yaml").write_text("ideas:\n- {axis: data, text: think}\n- {axis: model, text: x, code: y = 1}\n")
+    text, edit = task.ideas()
+    assert (text.code, text.block) == (None, None) and (edit.code, edit.block) == ("y = 1", "model")
+    with pytest.raises(tasks.TaskError, match="only an LLM expert"):
+        tasks.apply_block(SCRIPT, text.block, text.code)
 
 
 def test_a_failed_prepare_leaves_nothing_and_a_repeated_one_replaces(toy, tmp_path):
@@ -389,6 +682,36 @@ def test_halves_have_the_same_answers():
         assert set(part) == {"reward", "eval"} and abs((part == "reward").sum() - 150.5) <= 1
         gaps.append(target[part == "reward"].mean() - target[part == "eval"].mean())
     assert np.std(gaps) < 0.03
+
+
+@pytest.mark.parametrize("n, share, test", [(17_307, 0.1, 1_731), (36_473, 0.1, 3_648), (1_604, 0.2, 321)])
+def test_random_split_is_that_of_the_benchmark(n, share, test):
+    from sklearn.model_selection import train_test_split
+
+    ours = split.random(n, share)
+    for mine, theirs in zip(ours, train_test_split(np.arange(n), test_size=share, random_state=0)):
+        assert np.array_equal(mine, theirs)
+    assert len(ours[1]) == test
+
+
+def test_head_split():
+    train, test = split.head(1_460, 0.8)
+    assert (train == np.arange(1_168)).all() and (test == np.arange(1_168, 1_460)).all()
+
+
+def test_written_answers_keep_groups_together(tmp_path):
+    rng = np.random.default_rng(0)
+    page = np.repeat(rng.permutation(20), 5)
+    level = page / 10  # of each page
+    split.write_answers(tmp_path, range(100), {"v": rng.random(100)}, key=level, group=page)
+    table = pd.read_csv(tmp_path / "answers.csv")
+    assert list(table.columns) == ["id", "part", "group", "v"] and (table["group"] == page).all()
+    parts = table.groupby("group")["part"].unique()
+    assert all(len(part) == 1 for part in parts)
+    halves = [part[0] for part in parts]
+    assert all({a, b} == {"reward", "eval"} for a, b in zip(halves[::2], halves[1::2]))  # neighbours by key
+    split.write_answers(tmp_path, range(100), {"v": page})
+    assert list(pd.read_csv(tmp_path / "answers.csv").columns) == ["id", "part", "v"]
 
 
 # --- the data of every task ---
