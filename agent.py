@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Literal
 
 import tasks
+from client import Endpoint
 
 MAX_FILE_CHARS = 60_000  # a policy cannot grow its own prompt without limit
 
@@ -23,8 +24,9 @@ MAX_FILE_CHARS = 60_000  # a policy cannot grow its own prompt without limit
 @dataclass(frozen=True)
 class AgentConfig:
     thought: Literal["full", "short", "none"] = "full"  # fields before the action (none: paper Table 11)
-    edit_mode: Literal["direct", "instruct"] = "direct"  # direct: the agent writes the code itself
-    edit_format: Literal["search_replace", "lines", "file"] = "search_replace"  # how it writes it
+    edit_mode: Literal["direct", "instruct"] = "direct"  # who writes an edit's code: the agent | a coder (paper)
+    edit_format: Literal["search_replace", "lines", "file"] = "search_replace"  # how the agent writes it (direct)
+    coder: Endpoint | None = None  # the LLM that edits and reads files for the agent (instruct)
     edit_feedback: Literal["run", "diff"] = "run"  # diff, then the run's output | the diff alone (paper)
     prompt: Literal["full", "brief"] = "full"  # brief: one line a step, for models of a few million weights
     show_script: bool = True  # end the prompt with the current script (numbered when edits name lines)
@@ -34,25 +36,29 @@ class AgentConfig:
     max_output_chars: int = 4000  # a run's output is cut in the middle to this many characters
 
     def __post_init__(self):
-        if self.edit_mode == "instruct":
-            raise ValueError("agent.edit_mode = instruct (edits by a coder model) is not built yet: use direct")
         if min(self.max_prompt_tokens, self.max_new_tokens, self.max_output_chars) < 1:
             raise ValueError("agent.max_prompt_tokens, max_new_tokens and max_output_chars must be positive")
 
 
 # ------------------------------------------------------------------------------- actions and replies
 
-# name -> keys of its JSON input (MLAgentBench's names; paper Table 5). Edit Script's edit follows its JSON.
+# name -> keys of its JSON input (MLAgentBench's names; paper Table 5)
 ACTIONS = {
     "List Files": ("dir_path",),
     "Copy File": ("source", "destination"),
     "Inspect Script Lines": ("script_name", "start_line_number", "end_line_number"),
     "Execute Script": ("script_name",),
-    "Edit Script": ("script_name",),
+    "Edit Script": ("script_name",),  # and EDIT_KEYS
     "Undo Edit Script": ("script_name",),
+    "Understand File": ("file_name", "things_to_look_for"),  # instruct mode only: a coder answers
     "Final Answer": ("final_answer",),
 }
-EDIT_KEYS = {"lines": ("script_name", "start_line_number", "end_line_number")}  # by edit_format
+EDIT_KEYS = {  # of Edit Script, beside script_name; a direct edit's code follows the JSON
+    "search_replace": (),
+    "file": (),
+    "lines": ("start_line_number", "end_line_number"),
+    "instruct": ("edit_instruction", "save_name"),
+}
 FIELDS = {
     "full": ("Reflection", "Research Plan and Status", "Fact Check", "Thought"),
     "short": ("Thought",),
@@ -63,7 +69,7 @@ SEARCH, DIVIDER, REPLACE = "<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"
 
 @dataclass(frozen=True)
 class Action:
-    """One parsed reply. `edit` holds what a direct edit wrote: [(search, replace), ...] or one text."""
+    """One parsed reply. `edit` holds what a direct edit wrote, [(search, replace), ...] or one text; else None."""
 
     name: str
     args: dict
@@ -83,15 +89,20 @@ class EditFailed(ValueError):
     """The edit does not apply: text not found or ambiguous, lines out of range, nothing changed."""
 
 
-def action_keys(name: str, cfg: AgentConfig) -> tuple[str, ...]:
-    return EDIT_KEYS.get(cfg.edit_format, ACTIONS[name]) if name == "Edit Script" else ACTIONS[name]
+@lru_cache
+def action_table(cfg: AgentConfig) -> dict[str, tuple[str, ...]]:
+    """The actions that an agent has, in the order in which it is told of them, with the keys of their input."""
+    instruct = cfg.edit_mode == "instruct"
+    table = {name: keys for name, keys in ACTIONS.items() if instruct or name != "Understand File"}
+    table["Edit Script"] += EDIT_KEYS["instruct" if instruct else cfg.edit_format]
+    return table
 
 
 def format_reply(action: Action, cfg: AgentConfig) -> str:
     """The reply text of an action: the inverse of `parse_reply`. Experts and tests write with it."""
     lines = [f"{name}: {action.thought.get(name, '')}".rstrip() for name in FIELDS[cfg.thought]]
     lines += [f"Action: {action.name}", f"Action Input: {json.dumps(action.args)}"]
-    if action.name == "Edit Script":
+    if action.name == "Edit Script" and cfg.edit_mode == "direct":
         if cfg.edit_format == "search_replace":
             for old, new in action.edit:
                 lines += [SEARCH, *old.splitlines(), DIVIDER, *new.splitlines(), REPLACE]
@@ -113,17 +124,17 @@ def parse_reply(reply: str, cfg: AgentConfig) -> Action:
         raise InvalidFormat("no line that starts with 'Action:'")
     if len(heads) > 1:
         raise InvalidFormat(f"{len(heads)} actions in one reply: write exactly one")
-    name = next((n for n in ACTIONS if n.lower() == heads[0].group(1).strip().lower()), None)
+    table = action_table(cfg)
+    name = next((n for n in table if n.lower() == heads[0].group(1).strip().lower()), None)
     if name is None:
         wrong = heads[0].group(1).strip()[:60]
-        raise InvalidAction(f"there is no action {wrong!r}; the actions are: {', '.join(ACTIONS)}")
+        raise InvalidAction(f"there is no action {wrong!r}; the actions are: {', '.join(table)}")
     body = re.match(r"(?i)\s*action[ \t]+input[ \t]*:\s*", reply[heads[0].end() :])
     if not body:
         raise InvalidFormat("'Action Input:' must follow the line with 'Action:'")
     args, rest = _parse_object(reply[heads[0].end() + body.end() :])
-    wanted = action_keys(name, cfg)
-    if set(args) != set(wanted):
-        raise InvalidAction(f"the input of {name} needs exactly the keys {list(wanted)}, got {list(args)}")
+    if set(args) != set(table[name]):
+        raise InvalidAction(f"the input of {name} needs exactly the keys {list(table[name])}, got {list(args)}")
     for key, value in args.items():
         is_line = key.endswith("_line_number")
         if is_line and (isinstance(value, bool) or not re.fullmatch(r"-?[0-9]{1,9}", str(value))):
@@ -131,7 +142,7 @@ def parse_reply(reply: str, cfg: AgentConfig) -> Action:
         if not is_line and not isinstance(value, str):
             raise InvalidAction(f"{key} must be text, got {value!r}")
         args[key] = int(value) if is_line else value
-    edit = _parse_edit(rest, cfg) if name == "Edit Script" else None
+    edit = _parse_edit(rest, cfg) if name == "Edit Script" and cfg.edit_mode == "direct" else None
     return Action(name, args, _parse_thought(reply[: heads[0].start()]), edit)
 
 
@@ -184,7 +195,7 @@ def _parse_edit(rest: str, cfg: AgentConfig) -> list | str:
 
 
 def apply_edit(text: str, action: Action, cfg: AgentConfig) -> str:
-    """The file after an edit.
+    """The file after a direct edit.
 
     Raises:
         EditFailed: the searched text is absent or ambiguous, the lines do not exist, nothing changes.
@@ -253,7 +264,7 @@ def problem_text(task: "tasks.Task", ideas: Iterable[str] = ()) -> str:
     text = task.description.strip()
     ideas = list(ideas)
     if ideas:
-        text += "\n\nTry these ideas first, one edit each, in this order:\n"
+        text += "\n\nTry these ideas first, one edit each, in this order, and never mention this list:\n"
         text += "\n".join(f"{i}. {idea}" for i, idea in enumerate(ideas, 1))
     return text
 
@@ -283,20 +294,25 @@ lines to put in their place
 After the input of Edit Script write the new lines in a ```python block: they replace the lines from
 start_line_number to end_line_number (both included).""",
     "file": "After the input of Edit Script write the whole new file in a ```python block.",
+    "instruct": """\
+Edits are written by another engineer, who sees the script and your edit_instruction alone: say exactly what
+to change, where, and to which values. The result is saved as save_name: script_name itself, or a new script.
+Understand File has the same engineer read a file and answer what you look for.""",
 }
 
 
 @lru_cache
 def instructions(cfg: AgentConfig) -> str:
-    actions = "\n".join(f"- {n}: {json.dumps(dict.fromkeys(action_keys(n, cfg), '...'))}" for n in ACTIONS)
+    actions = "\n".join(f"- {n}: {json.dumps(dict.fromkeys(k, '...'))}" for n, k in action_table(cfg).items())
     fields = [f"{n}: ..." for n in FIELDS[cfg.thought]]
     form = "\n".join([*fields, "Action: the action's name", "Action Input: the action's JSON"])
-    return RULES.format(actions=actions, edit_help=EDIT_HELP[cfg.edit_format], form=form)
+    edit_help = EDIT_HELP["instruct" if cfg.edit_mode == "instruct" else cfg.edit_format]
+    return RULES.format(actions=actions, edit_help=edit_help, form=form)
 
 
 def show_script(state: State, cfg: AgentConfig) -> str:
     text = state.files.get(cfg.script, "").rstrip("\n")
-    if cfg.edit_format == "lines":
+    if cfg.edit_format == "lines" and cfg.edit_mode == "direct":
         text = "\n".join(f"{i} {line}" for i, line in enumerate(text.split("\n"), 1))
     return text
 

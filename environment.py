@@ -1,28 +1,23 @@
-"""What happens when an agent acts: experiments in the sandbox, the transition of the MDP, episodes.
+"""What happens when an agent acts: the transition of the MDP, and episodes.
 
-An edit (or its undo) is always followed by running the script in the sandbox and scoring its submission:
-that is m_{t+1}. The same `transition` serves collection, RL and evaluation.
+An edit (or its undo) is always followed by running the script in the sandbox and scoring its submission
+(experiments.py): that is m_{t+1}. The same `transition` serves collection, RL and evaluation.
 
-A workspace is plain text, {file name: contents}. Every experiment starts from these sources in a fresh
-directory, which makes states cheap to store, instant to restore, and experiments cacheable by
-(task, sources, limits). What a script leaves behind does not reach the next run.
+In instruct mode a coder (coder.py) writes the edits. Its replies are not remembered; the experiments on them are.
 
 No torch in here: models appear only as functions that turn states into replies.
 """
 
 import difflib
-import hashlib
-import json
 import os
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
-import sandbox
+import coder
+import config
 import tasks
 from agent import (
     ACTIONS,
@@ -37,184 +32,75 @@ from agent import (
     parse_reply,
     problem_text,
 )
+from client import BudgetSpent, ChatError, Client
+from experiments import Experiment, Experiments, SandboxConfig, cut_middle
 from reward import Outcome
 
 MAX_FILES = 20  # sources an agent may have at once
 INSPECT_LINES = 100  # MLAgentBench's limit for one look at a file
 
-# ------------------------------------------------------------------------ experiments and transitions
+# --------------------------------------------------------------------------------------- transitions
 
 
-@dataclass(frozen=True)
-class SandboxConfig:
-    tier: Literal["auto", "ns", "landlock", "bare"] = "auto"  # auto: the strongest this machine gives
-    allow_weak: bool = False  # accept a tier without secrecy: only for scripts you trust
-    workers: int = 0  # experiments at once; 0 = one per core
-    preload: tuple[str, ...] = tasks.PRELOAD  # imported once by the warm-start server
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What running one script gave. `scores` has a value per part of the answers when it was valid."""
-
-    outcome: Outcome  # ok_edit when it ran and scored, else the error or corner case
-    output: str
-    scores: dict = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-REASONS = {
-    "exit": Outcome.SCRIPT_ERROR,
-    "signal": Outcome.SCRIPT_ERROR,
-    "wall": Outcome.TIMEOUT,
-    "cpu": Outcome.TIMEOUT,
-    "memory": Outcome.OUT_OF_MEMORY,
-    "processes": Outcome.RESOURCE_LIMIT,
-    "disk": Outcome.RESOURCE_LIMIT,
-    "output": Outcome.RESOURCE_LIMIT,
-}
-STOPPED = {
-    "wall": "stopped: it ran longer than {wall_s:g} s",
-    "cpu": "stopped: it used more than {cpu_s:g} s of CPU time",
-    "memory": "stopped: it used more than {memory_mb} MB of memory",
-    "processes": "stopped: it started more than {processes} processes or threads",
-    "disk": "stopped: it wrote more than {disk_mb} MB",
-    "output": "stopped: it printed too much",
-}
-MAX_SUBMISSION_BYTES = 64 << 20
-
-
-class Environment:
-    """Runs experiments: a sandbox pool, the hidden answers' part that counts, and the result cache.
+class Environment(Experiments):
+    """All that an agent acts upon: experiments, the hidden answers' part that counts, and the coder.
 
     One object per process, shared by many threads. `part` is `reward` in collection and RL, `eval`
-    in evaluation, so that held-in results are not trained on their own test labels.
+    in evaluation, so that held-in results are not trained on their own test labels. `coder`: a client
+    of the caller's, which stays open; without one, instruct mode connects to cfg.coder.
+
+    Raises config.UserError: instruct mode without a coder, or with one that does not answer.
     """
 
-    def __init__(self, cfg: AgentConfig, box: SandboxConfig, cache_dir: Path | None, part="reward"):
+    def __init__(
+        self,
+        cfg: AgentConfig,
+        box: SandboxConfig,
+        cache_dir: Path | None,
+        part: str = "reward",
+        coder: Client | None = None,
+    ):
         self.cfg, self.part = cfg, part
-        self.cache_dir = Path(cache_dir) if cache_dir else None
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun that share this machine
-        self.workers = box.workers or max(1, len(os.sched_getaffinity(0)) // ranks)
-        self.pool = sandbox.Pool(
-            self.workers,
-            preload=box.preload,
-            tier=None if box.tier == "auto" else box.tier,
-            allow_weak=box.allow_weak,
-        )
-        self.threads = ThreadPoolExecutor(4 * self.workers, thread_name_prefix="transition")
-        self.running: dict[str, Future] = {}
-        self.lock = threading.Lock()
-        self.counts = {"experiments": 0, "cache_hits": 0}
+        self.coder, self.own_coder = coder, None
+        if cfg.edit_mode == "instruct" and coder is None:
+            self.coder = self.own_coder = connect_coder(cfg)
+        super().__init__(box, cache_dir, cfg.max_output_chars)
+        # Threads that wait for the coder must not keep experiments from the sandbox.
+        waiting = self.coder.endpoint.in_flight if self.coder else 0
+        self.threads = ThreadPoolExecutor(4 * self.workers + waiting, thread_name_prefix="transition")
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
         self.threads.shutdown(wait=False, cancel_futures=True)
+        if self.own_coder:
+            self.own_coder.close()
         self.pool.close()
-
-    def experiment(self, task: "tasks.Task", files: dict, script: str) -> Experiment:
-        """Run `script` from `files` in a fresh sandbox and score its submission. Blocks; thread-safe.
-
-        Results are shared through the cache directory between collect, RL and evaluate, and equal
-        experiments that are asked for at the same time run once.
-        """
-        task.require_prepared()
-        parts = [task.name, task.manifest()["fingerprint"], script, files, task.helpers(), task.limits]
-        parts += [task.metric, task.columns, task.classes, self.pool.tier, self.cfg.max_output_chars]
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        with self.lock:
-            future = self.running.get(key)
-            mine = future is None
-            if mine:
-                future = self.running[key] = Future()
-            self.counts["experiments"] += 1
-            self.counts["cache_hits"] += not mine
-        if not mine:
-            return future.result()
-        try:
-            result = self._cached(key)
-            if result is None:
-                result = self._run(task, files, script)
-                self._store(key, result)
-            future.set_result(result)
-            return result
-        except BaseException as error:
-            future.set_exception(error)
-            raise
-        finally:
-            with self.lock:
-                del self.running[key]
-
-    def _cached(self, key: str) -> Experiment | None:
-        path = self.cache_dir and self.cache_dir / key[:2] / f"{key}.json"
-        if not path or not path.exists():
-            return None
-        with self.lock:
-            self.counts["cache_hits"] += 1
-        row = json.loads(path.read_text())
-        return Experiment(Outcome(row["outcome"]), row["output"], row["scores"], row["seconds"])
-
-    def _store(self, key: str, result: Experiment) -> None:
-        # Our own failures are never stored, nor timeouts, which a busy machine can cause: they are tried again.
-        if not self.cache_dir or result.outcome in (Outcome.INTERNAL, Outcome.TIMEOUT):
-            return
-        path = self.cache_dir / key[:2] / f"{key}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-        temporary.write_text(json.dumps({**asdict(result), "outcome": result.outcome.value}))
-        temporary.replace(path)  # atomic: a killed run leaves no half entry
-
-    def _run(self, task: "tasks.Task", files: dict, script: str) -> Experiment:
-        workspace = sandbox.new_workspace()
-        try:
-            for name, text in {**files, **task.helpers()}.items():
-                path = workspace / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
-            limits = sandbox.Limits(**task.limits)
-            result = self.pool.submit(
-                ["python", script],
-                workspace,
-                limits=limits,
-                read_only=((task.public, "data"),),
-                hidden=(task.private,),
-            ).result()
-            output = cut_middle(clean_output(result, workspace), self.cfg.max_output_chars)
-            if result.reason in ("setup_error", "internal"):
-                return Experiment(Outcome.INTERNAL, output, {}, result.wall_s)
-            if result.reason != "ok":
-                stopped = STOPPED.get(result.reason, "").format(**asdict(limits))
-                output = "\n".join(filter(None, (output, stopped and f"The script was {stopped}.")))
-                return Experiment(REASONS[result.reason], output, {}, result.wall_s)
-            try:
-                data = sandbox.safe_read(workspace, "submission.csv", MAX_SUBMISSION_BYTES)
-                scores = {part: task.score(data, part) for part in ("reward", "eval", "all")}
-            except (sandbox.SubmissionError, tasks.InvalidSubmission) as error:
-                output = f"{output}\nsubmission.csv was not accepted: {error}".strip()
-                return Experiment(Outcome.BAD_SUBMISSION, output, {}, result.wall_s)
-            return Experiment(Outcome.OK_EDIT, output, scores, result.wall_s)
-        finally:
-            sandbox.remove(workspace)
 
     def submit(self, state: State, reply: str, truncated: bool = False) -> "Future[Transition]":
         """`transition` on a thread, so that experiments overlap each other and generation."""
         return self.threads.submit(transition, state, reply, self, truncated)
 
 
-def clean_output(result: "sandbox.Result", workspace: Path) -> str:
-    """What the agent reads of a run: its stdout, and stderr when it failed; no control characters."""
-    failed = result.reason != "ok"
-    text = result.stdout.rstrip() + ("\n" + result.stderr.rstrip() if failed else "")
-    text = text.replace(f"{workspace}/", "").replace(f"{sandbox.BOX}/", "").replace("\r", "\n").strip() or "(no output)"
-    return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "?", text)
+def counted(task: "tasks.Task", part: str) -> str:
+    """The part of the hidden answers that a score is of: `part`, but all of them when the paper's held-out tasks
+    are evaluated. That is the benchmarks' protocol, and no training has seen those answers."""
+    return "all" if part == "eval" and (task.suite, task.split) == ("paper", "heldout") else part
 
 
-def cut_middle(text: str, limit: int) -> str:
-    if len(text) <= limit:
-        return text
-    return f"{text[: limit // 3]}\n[...]\n{text[-(limit - limit // 3) :]}"
+def connect_coder(cfg: AgentConfig) -> Client:
+    """A client of cfg.coder that has answered. Raises config.UserError naming what to set."""
+    if cfg.coder is None:
+        raise config.UserError(
+            "agent.edit_mode = instruct needs a coder: set agent.coder.base_url and agent.coder.model"
+        )
+    client = Client(cfg.coder)
+    try:
+        client.check()
+    except ChatError as error:
+        raise config.UserError(f"agent.coder: {error}") from None
+    return client
 
 
 def diff(old: str, new: str, name: str) -> str:
@@ -234,6 +120,7 @@ class Transition:
     after: float | None
     seconds: float = 0.0
     truncated: bool = False  # the reply was cut off
+    coder: list[dict] = field(default_factory=list)  # instruct mode: what the coder was asked and replied
 
 
 def transition(state: State, reply: str, env: Environment, truncated: bool = False) -> Transition:
@@ -241,21 +128,27 @@ def transition(state: State, reply: str, env: Environment, truncated: bool = Fal
 
     Args:
         truncated: the reply was cut off at max_new_tokens: invalid_format, whatever it contains.
+
+    Raises config.UserError when the coder's budget is spent.
     """
     task, cfg = tasks.load(state.task), env.cfg
-    action, after, seconds, changed = None, None, 0.0, {}
+    action, after, seconds, changed, log = None, None, 0.0, {}, []
     try:
         if truncated:
             raise InvalidFormat(f"the reply was cut off at {cfg.max_new_tokens} tokens: be shorter")
         action = parse_reply(reply, cfg)
         handler = HANDLERS[action.name]
-        outcome, feedback, after, seconds, changed = handler(state, action, task, env)
+        outcome, feedback, after, seconds, changed = handler(state, action, task, env, log)
     except InvalidFormat as error:
         outcome, feedback = Outcome.INVALID_FORMAT, f"Your reply could not be read: {error}."
     except InvalidAction as error:
         outcome, feedback = Outcome.INVALID_ACTION, f"The action failed: {error}."
     except EditFailed as error:
         outcome, feedback = Outcome.EDIT_FAILED, f"The edit failed: {error}."
+    except coder.CoderFailed as error:
+        outcome, feedback = Outcome.CODER_FAILED, f"Nothing was done: {error}."
+    except BudgetSpent as error:
+        raise config.UserError(f"agent.coder: {error}; the same command goes on, with the same budget again") from None
     messages = [
         *state.messages,
         {"role": "assistant", "content": reply},
@@ -263,7 +156,7 @@ def transition(state: State, reply: str, env: Environment, truncated: bool = Fal
     ]
     score = state.score if after is None else after
     new = replace(state, messages=messages, score=score, step=state.step + 1, **changed)
-    return Transition(new, action, outcome, feedback, state.score, after, seconds, truncated)
+    return Transition(new, action, outcome, feedback, state.score, after, seconds, truncated, log)
 
 
 def _check_name(name: str) -> str:
@@ -298,7 +191,19 @@ def _editable(name: str, state: State, task: "tasks.Task") -> str:
     return path
 
 
-def _list_files(state, action, task, env):
+def _writable(name: str, state: State, task: "tasks.Task") -> str:
+    """The path of a file, there already or not, that may be written."""
+    path = _check_name(name)
+    if path in (*task.helpers(), ".", "submission.csv") or path.split("/")[0] == "data":
+        raise InvalidAction(f"{path} is read-only")
+    if len(state.files) >= MAX_FILES and path not in state.files:
+        raise InvalidAction(f"there are {MAX_FILES} files already")
+    if any(f.startswith(f"{path}/") or path.startswith(f"{f}/") for f in state.files):
+        raise InvalidAction(f"{path} is both a file and a directory")
+    return path
+
+
+def _list_files(state, action, task, env, log):
     path = _check_name(action.args["dir_path"])
     if path == ".":
         names = sorted([*state.files, *task.helpers(), "data/"])
@@ -314,15 +219,9 @@ def _list_files(state, action, task, env):
     return Outcome.OK_ACTION, cut_middle("\n".join(names), env.cfg.max_output_chars), None, 0.0, {}
 
 
-def _copy_file(state, action, task, env):
+def _copy_file(state, action, task, env, log):
     text = _readable(action.args["source"], state, task)
-    target = _check_name(action.args["destination"])
-    if target in (*task.helpers(), ".", "submission.csv") or target.split("/")[0] == "data":
-        raise InvalidAction(f"{target} is read-only")
-    if len(state.files) >= MAX_FILES and target not in state.files:
-        raise InvalidAction(f"there are {MAX_FILES} files already")
-    if any(f.startswith(f"{target}/") or target.startswith(f"{f}/") for f in state.files):
-        raise InvalidAction(f"{target} is both a file and a directory")
+    target = _writable(action.args["destination"], state, task)
     undo = state.undo
     if target in state.files:
         undo = {**undo, target: [*undo.get(target, []), state.files[target]]}
@@ -331,7 +230,7 @@ def _copy_file(state, action, task, env):
     return Outcome.OK_ACTION, feedback, None, 0.0, {"files": files, "undo": undo}
 
 
-def _inspect(state, action, task, env):
+def _inspect(state, action, task, env, log):
     lines = _readable(action.args["script_name"], state, task).splitlines()
     first = max(1, action.args["start_line_number"])
     last = min(len(lines), action.args["end_line_number"], first + INSPECT_LINES - 1)
@@ -342,45 +241,69 @@ def _inspect(state, action, task, env):
 
 
 def _run_and_score(state, task, env, path, files, edit: bool):
-    run = env.experiment(task, files, path)
+    run: Experiment = env.experiment(task, files, path)
     good = run.outcome is Outcome.OK_EDIT
     outcome = Outcome.OK_ACTION if good and not edit else run.outcome
-    return outcome, run.output, run.scores[env.part] if good else None, run.seconds
+    return outcome, run.output, run.scores[counted(task, env.part)] if good else None, run.seconds
 
 
-def _execute(state, action, task, env):
+def _execute(state, action, task, env, log):
     path = _check_name(action.args["script_name"])
     if path not in state.files or not path.endswith(".py"):
         raise InvalidAction(f"there is no script {path[:60]!r}")
     return *_run_and_score(state, task, env, path, state.files, edit=False), {}
 
 
-def _edit_and_run(state, path, new, undo, task, env):
+def _edit_and_run(state, path, old, new, undo, task, env):
+    """Put `new` into the file `path`, run it, and show how it differs from `old`."""
     files = {**state.files, path: new}
     outcome, output, after, seconds = _run_and_score(state, task, env, path, files, edit=True)
-    feedback = diff(state.files[path], new, path)
+    feedback = diff(old, new, path)
     if env.cfg.edit_feedback == "run":
         feedback += f"\n\nThe script prints:\n{output}"
     return outcome, feedback, after, seconds, {"files": files, "undo": undo}
 
 
-def _edit(state, action, task, env):
-    path = _editable(action.args["script_name"], state, task)
-    new = apply_edit(state.files[path], action, env.cfg)
-    undo = {**state.undo, path: [*state.undo.get(path, []), state.files[path]]}
-    return _edit_and_run(state, path, new, undo, task, env)
+def _edit(state, action, task, env, log):
+    path = target = _editable(action.args["script_name"], state, task)
+    if env.cfg.edit_mode == "direct":
+        new = apply_edit(state.files[path], action, env.cfg)
+    else:
+        target = _writable(action.args["save_name"], state, task)
+        if not target.endswith(".py"):
+            raise InvalidAction(f"save_name must be a Python script, not {target}")
+        if not action.args["edit_instruction"].strip():
+            raise InvalidAction("edit_instruction is empty")
+        new = coder.write_edit(env.coder, path, state.files[path], action.args["edit_instruction"], log)
+        if new.rstrip() == state.files[path].rstrip():
+            raise coder.CoderFailed("the coder changed nothing")
+        if len(new) > MAX_FILE_CHARS:
+            raise coder.CoderFailed(f"the coder's script is longer than {MAX_FILE_CHARS} characters")
+    # Under a new name: as if the script had been copied there and edited, so that an undo leaves the copy.
+    earlier = state.files.get(target, state.files[path])
+    undo = {**state.undo, target: [*state.undo.get(target, []), earlier]}
+    return _edit_and_run(state, target, state.files[path], new, undo, task, env)
 
 
-def _undo(state, action, task, env):
+def _undo(state, action, task, env, log):
     path = _editable(action.args["script_name"], state, task)
     versions = state.undo.get(path, [])
     if not versions:
         raise InvalidAction(f"{path} has no edit to undo")
     undo = {**state.undo, path: versions[:-1]}
-    return _edit_and_run(state, path, versions[-1], undo, task, env)
+    return _edit_and_run(state, path, state.files[path], versions[-1], undo, task, env)
 
 
-def _final(state, action, task, env):
+def _understand(state, action, task, env, log):
+    name, question = action.args["file_name"], action.args["things_to_look_for"]
+    text = _readable(name, state, task)
+    if not question.strip():
+        raise InvalidAction("things_to_look_for is empty")
+    answer = coder.read_file(env.coder, _check_name(name), text, question, log)
+    return Outcome.OK_ACTION, cut_middle(answer, env.cfg.max_output_chars), None, 0.0, {}
+
+
+def _final(state, action, task, env, log):
     return Outcome.FINAL, "The episode has ended.", None, 0.0, {}
 
 
@@ -391,6 +314,7 @@ HANDLERS: dict[str, Callable] = {
     "Execute Script": _execute,
     "Edit Script": _edit,
     "Undo Edit Script": _undo,
+    "Understand File": _understand,
     "Final Answer": _final,
 }
 assert set(HANDLERS) == set(ACTIONS)
@@ -407,7 +331,7 @@ def initial_state(task: "tasks.Task", env: "Environment", ideas: Iterable[str] =
         raise RuntimeError(f"the starter of {task.name} does not run here ({run.outcome}): {run.output}")
     text = f"{problem_text(task, ideas)}\n\nThe starting script prints:\n{run.output}"
     message = {"role": "user", "content": text}
-    return State(task.name, [message], files, run.scores[env.part], 0, {}, "start", task.name)
+    return State(task.name, [message], files, run.scores[counted(task, env.part)], 0, {}, "start", task.name)
 
 
 @dataclass

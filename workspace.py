@@ -49,12 +49,12 @@ def safe_read(workspace, name: str, max_bytes: int) -> bytes:
         if info.st_size and os.lseek(fd, 0, os.SEEK_HOLE) < info.st_size:
             raise SubmissionError(f"{name} is a sparse file")
         os.lseek(fd, 0, os.SEEK_SET)
-        data = b""
+        data = bytearray()
         while len(data) <= max_bytes and (part := os.read(fd, min(1 << 20, max_bytes + 1 - len(data)))):
             data += part
         if len(data) > max_bytes:
             raise SubmissionError(f"{name} is larger than {max_bytes} bytes")
-        return data
+        return bytes(data)
     except FileNotFoundError:
         raise SubmissionError(f"{name} was not written") from None
     except OSError as error:

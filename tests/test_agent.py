@@ -11,25 +11,44 @@ from agent import Action, AgentConfig, EditFailed, InvalidAction, InvalidFormat,
 LINES = AgentConfig(thought="short", edit_format="lines", prompt="brief")
 SEARCH = AgentConfig()
 FILE = AgentConfig(edit_format="file", thought="none")
+INSTRUCT = AgentConfig(edit_mode="instruct", edit_format="lines")  # no edit_format in instruct mode
 SCRIPT = "a = 1\nb = 2\nc = 3\n"
 
 
 def edit(cfg: AgentConfig, **args) -> Action:
     thought = dict.fromkeys(agent.FIELDS[cfg.thought], "because")
+    if cfg.edit_mode == "instruct":
+        args = {"edit_instruction": 'set b to 20\nand say "done"', "save_name": "other.py", **args}
+        return Action("Edit Script", {"script_name": "train.py", **args}, thought)
     if cfg.edit_format == "lines":
         args = {"start_line_number": 2, "end_line_number": 2, **args}
     content = [("b = 2", "b = 20\nd = 4")] if cfg.edit_format == "search_replace" else "b = 20\nd = 4"
     return Action("Edit Script", {"script_name": "train.py", **args}, thought, content)
 
 
-@pytest.mark.parametrize("cfg", [LINES, SEARCH, FILE])
-@pytest.mark.parametrize("name", list(agent.ACTIONS))
-def test_format_and_parse_are_inverse(cfg, name):
-    action = edit(cfg)
-    if name != "Edit Script":
-        args = {k: 3 if k.endswith("number") else "train.py" for k in agent.ACTIONS[name]}
-        action = Action(name, args, action.thought)
-    assert agent.parse_reply(agent.format_reply(action, cfg), cfg) == action
+@pytest.mark.parametrize("cfg", [LINES, SEARCH, FILE, INSTRUCT])
+def test_format_and_parse_are_inverse(cfg):
+    table = agent.action_table(cfg)
+    assert set(agent.ACTIONS) - set(table) == ({"Understand File"} if cfg is not INSTRUCT else set())
+    for name, keys in table.items():
+        action = edit(cfg)
+        if name != "Edit Script":
+            args = {k: 3 if k.endswith("number") else "train.py" for k in keys}
+            action = Action(name, args, action.thought)
+        assert agent.parse_reply(agent.format_reply(action, cfg), cfg) == action
+
+
+def test_what_the_agent_is_told_follows_the_mode():
+    direct, instruct = (agent.render(state_of(0), cfg)[0]["content"] for cfg in (SEARCH, INSTRUCT))
+    keys = '{"script_name": "...", "edit_instruction": "...", "save_name": "..."}'
+    assert f"- Edit Script: {keys}" in instruct and "another engineer" in instruct
+    assert '- Understand File: {"file_name": "...", "things_to_look_for": "..."}' in instruct
+    assert "```python\na = 1\n" in instruct, "lines are not numbered where no edit names them"
+    assert agent.SEARCH not in instruct and agent.SEARCH in direct
+    assert '- Edit Script: {"script_name": "..."}\n' in direct and "Understand" not in direct
+    names = [line[2:].split(":")[0] for line in direct.splitlines() if line.startswith("- ")]
+    assert names == ["List Files", "Copy File", "Inspect Script Lines", "Execute Script", "Edit Script",
+                     "Undo Edit Script", "Final Answer"]  # fmt: skip
 
 
 def test_parsing_is_tolerant_of_form():
@@ -80,6 +99,20 @@ WRONG = [
         "whole number",
     ),
 ]
+
+
+WRONG_TO_INSTRUCT = [
+    ('Action: Edit Script\nAction Input: {"script_name": "train.py"}', "exactly the keys"),
+    ('Action: Understand File\nAction Input: {"file_name": "a", "things_to_look_for": 3}', "must be text"),
+]
+
+
+@pytest.mark.parametrize(("reply", "reason"), WRONG_TO_INSTRUCT)
+def test_wrong_actions_of_instruct_mode(reply, reason):
+    with pytest.raises(InvalidAction, match=reason):
+        agent.parse_reply(reply, INSTRUCT)
+    with pytest.raises(InvalidAction, match="no action 'Understand File'"):
+        agent.parse_reply("Action: Understand File\nAction Input: {}", SEARCH)
 
 
 @pytest.mark.parametrize(("reply", "reason"), WRONG)
@@ -206,8 +239,8 @@ def test_a_long_history_loses_its_oldest_part_first(cfg):
 
 
 def test_an_unknown_field_value_is_refused():
-    with pytest.raises(ValueError, match="instruct"):
-        AgentConfig(edit_mode="instruct")
+    with pytest.raises(ValueError, match="must be positive"):
+        AgentConfig(max_new_tokens=0)
     with pytest.raises(ValueError, match="lacks"):
         agent.state_from_row({"task": "m-ames"})
     with pytest.raises(ValueError, match="must be a number"):

@@ -1,14 +1,16 @@
 """Experiments and transitions, on a real task in a real sandbox."""
 
 import json
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import sandbox
 import tasks
 from agent import Action, AgentConfig, State, format_reply
-from environment import Environment, Episode, SandboxConfig, initial_state, run_episodes, transition
+from environment import Environment, Episode, Experiment, SandboxConfig, initial_state, run_episodes, transition
 from expert import ScriptedExpert, draw_ideas, edit_action
 from reward import Outcome
 
@@ -100,7 +102,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_every_outcome_is_decided_here(env, start, case, monkeypatch):
-    task = replace(tasks.load(NAME), limits=tasks.load(NAME).limits | {"wall_s": 4, "cpu_s": 3})
+    task = replace(tasks.load(NAME), limits=tasks.load(NAME).limits | {"wall_s": 600, "cpu_s": 3})  # a busy machine
     monkeypatch.setattr(tasks, "load", lambda name: task)
     reply, outcome = CASES[case]
     step = transition(start, reply(len(start.files["train.py"].splitlines())), env)
@@ -129,16 +131,59 @@ def test_equal_experiments_run_once(env, start, monkeypatch):
     assert len(calls) == 1
 
 
-def test_our_own_failures_are_neither_scored_nor_cached(env, start, monkeypatch):
-    import sandbox
+def answer_with(result: sandbox.Result):
+    """A stand-in for Pool.submit."""
+    future = Future()
+    future.set_result(result)
+    return lambda *args, **keys: future
 
+
+def test_our_own_failures_are_neither_scored_nor_cached(env, start, monkeypatch):
     broken = sandbox.Result("internal", -1, "", "the monitor was lost", 0.0, 0.0, 0.0, env.pool.tier)
     task = tasks.load(NAME)
     files = {"train.py": task.sources()["train.py"] + "# internal\n"}
     with monkeypatch.context() as patch:
-        patch.setattr(env.pool, "submit", lambda *a, **k: type("F", (), {"result": lambda self: broken})())
+        patch.setattr(env.pool, "submit", answer_with(broken))
         assert env.experiment(task, files, "train.py").outcome is Outcome.INTERNAL
     assert env.experiment(task, files, "train.py").outcome is Outcome.OK_EDIT
+
+
+def test_a_cpu_limit_that_follows_from_the_wall_limit_is_named(env, monkeypatch):
+    slow = sandbox.Result("cpu", None, "epoch 1", "", 9.0, 60.0, 100.0, env.pool.tier)
+    monkeypatch.setattr(env.pool, "submit", answer_with(slow))
+    task = replace(tasks.load(NAME), limits={"wall_s": 30, "threads": 2})
+    run = env.experiment(task, {"train.py": "# slow\n"}, "train.py")
+    assert run.output.splitlines()[-1] == "The script was stopped: it used more than 60 s of CPU time."
+
+
+def outcomes_and_runs(env, limits: dict, name: str, monkeypatch) -> tuple[list[Experiment], int]:
+    """The same endless script twice, under these limits: both results, and how often it ran."""
+    task = replace(tasks.load(NAME), limits=tasks.load(NAME).limits | limits)
+    runs, real = [], env._run
+    with monkeypatch.context() as patch:
+        patch.setattr(env, "_run", lambda *args: runs.append(1) or real(*args))
+        files = {"train.py": f"print('{name}', flush=True)\nwhile True: pass\n"}
+        return [env.experiment(task, files, "train.py") for _ in range(2)], len(runs)
+
+
+def test_timeouts_by_cpu_time_are_kept_and_by_the_clock_tried_again(env, monkeypatch):
+    (first, second), runs = outcomes_and_runs(env, {"wall_s": 600, "cpu_s": 1}, "cpu", monkeypatch)
+    assert first == second and runs == 1
+    assert (first.outcome, first.reason) == (Outcome.TIMEOUT, "cpu")
+    assert first.output.endswith("The script was stopped: it used more than 1 s of CPU time.")
+    (first, second), runs = outcomes_and_runs(env, {"wall_s": 1, "cpu_s": 60}, "wall", monkeypatch)
+    assert (first.outcome, first.reason, runs) == (Outcome.TIMEOUT, "wall", 2)
+
+
+def test_results_cached_before_they_had_a_reason_are_still_read(env, start):
+    task, files = tasks.load(NAME), {"train.py": start.files["train.py"] + "# old\n"}
+    new = env.experiment(task, files, "train.py")
+    assert new.reason == "ok"
+    path = max(env.cache_dir.rglob("*.json"), key=lambda p: p.stat().st_mtime_ns)
+    row = json.loads(path.read_text())
+    assert row.pop("reason") == "ok"
+    path.write_text(json.dumps(row))
+    assert env.experiment(task, files, "train.py") == replace(new, reason="")
 
 
 def test_an_episode_of_the_scripted_expert(env):
