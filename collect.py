@@ -1,103 +1,187 @@
 """Exploration-enriched collection (paper 4.1): idea pools -> expert trajectories -> the pool of states.
 
-    python collect.py --config configs/tiny.yaml                    # minutes on two CPU cores
+    python collect.py --config configs/tiny.yaml                    # minutes on two CPU cores, no model needed
     python collect.py --config configs/micro.yaml trajectories=600
+    python collect.py ideas --config configs/X.yaml                 # an LLM proposes ideas: see ideas.py
+    python collect.py trajectories --config configs/X.yaml expert=endpoint ideas_from=run
 
 Each trajectory starts from a task's starter and 1-3 sampled ideas; the expert edits, runs, keeps or undoes.
 Writes runs/NAME/data/:
     trajectories.jsonl   one line a trajectory; append-only, so that a killed run resumes where it stopped
     states.jsonl         one line a state to act in, derived from the trajectories
+    dropped.jsonl        episodes that an endpoint or our own failure ended: what they cost; they are played again
 
-The expert here is scripted (expert.py). Differs from the paper, whose expert is GPT-4o-mini.
+Experts (expert.py): scripted, needs no model; endpoint, an LLM behind a chat endpoint (the paper: GPT-4o-mini);
+local, a checkpoint on this machine. An LLM's replies are saved in the form of `format_reply`; what it must say again
+since it cannot be read stands in the step ("retries"), not in the messages. Differs from the paper: an edit also runs.
 """
 
-import io
 import json
-import re
 import sys
-import tokenize
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 import config
+import ideas
 import sandbox
 import tasks
-from agent import Action, AgentConfig, State, format_reply, parse_reply
-from environment import Environment, Episode, Experiment, SandboxConfig, initial_state, transition
-from expert import ScriptedExpert, draw_ideas
-from records import append_rows, claim, read_jsonl, states_of
+from agent import AgentConfig, PromptTooLong, State, problem_text
+from client import OPERATION, BudgetSpent, ChatError, Endpoint
+from copies import Recorder, replay_renamed
+from environment import Environment, Episode, SandboxConfig, initial_state, transition
+from expert import EndpointVoice, LocalVoice, ModelExpert, Said, ScriptedExpert, draw_ideas, habits, load_policy
+from ideas import PoolConfig
+from records import append_rows, claim, read_jsonl, require_checkpoint, states_of
 from reward import Outcome
+from spend import Progress, connect, how_to_go_on, tokens_of, usd_of
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    checkpoint: str = ""  # a Hugging Face directory or hub id
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_batch: int = 64  # sequences that decode together
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
 
 
 @dataclass(frozen=True)
 class Config:
     run: str  # name of the run: everything it writes lies in runs/RUN
-    seed: int = 0  # trajectory i is a function of (seed, i) and of nothing else
+    seed: int = 0  # trajectory i is a function of (seed, i), up to what an endpoint replies
     tasks: tuple[str, ...] = ()  # training tasks; empty = every training task of the micro suite
     trajectories: int = 300  # executed trajectories (the paper: 10,000)
-    expert: Literal["scripted"] = "scripted"  # scripted: needs no model
+    expert: Literal["scripted", "endpoint", "local"] = "scripted"  # needs no model | an LLM | a checkpoint here
+    endpoint: Endpoint | None = None  # the LLM of `ideas` and of expert = endpoint; budgets are this directory's
+    local: LocalConfig = field(default_factory=LocalConfig)  # the model of expert = local
+    ideas_from: Literal["task", "run", "none"] = "task"  # the task's ideas.yaml | what `ideas` chose | none, to compare
+    pool: PoolConfig = field(default_factory=PoolConfig)  # of `ideas`
     max_steps: int = 15  # actions an episode may take (paper B.3)
     max_minutes: float = 30  # minutes of experiments an episode may take (paper B.3)
     keep_ideas: bool = False  # leave the sampled ideas in the saved task text; acting has none
+    retries: int = 3  # times that an LLM is asked again for one reply that cannot be read
+    at_once: int = 0  # episodes under way at once; 0 = enough to keep the sandbox, and the LLM, busy
     renamed_copies: int = 0  # copies of each trajectory with other variable names, for models from scratch
     agent: AgentConfig = field(default_factory=AgentConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+
+    def __post_init__(self):
+        brief = self.agent.prompt == "brief"
+        if self.trajectories < 1 or self.max_steps < 1 or self.retries < 0 or self.at_once < 0:
+            raise ValueError("trajectories and max_steps must be positive, retries and at_once not negative")
+        if self.expert == "endpoint" and self.endpoint is None:
+            raise ValueError("expert = endpoint needs endpoint.base_url and endpoint.model")
+        if self.expert == "local" and not self.local.checkpoint:
+            raise ValueError("expert = local needs local.checkpoint, a Hugging Face directory or hub id")
+        if self.expert == "endpoint" and brief:
+            raise ValueError("agent.prompt = brief does not tell an LLM how to reply: set agent.prompt = full here")
+        if self.expert == "local" and brief and self.ideas_from != "none":
+            raise ValueError("agent.prompt = brief shows no ideas: set it to full here, or ideas_from = none")
+        if self.agent.edit_mode == "instruct" and (self.expert == "scripted" or self.renamed_copies):
+            raise ValueError("the scripted expert and renamed copies write code: they need agent.edit_mode = direct")
+
+
+# Keys that may differ between a run and its continuation: how long, how fast, how dear.
+MAY_CHANGE = ("trajectories", "sandbox", "pool", "at_once", "local.max_batch")
+MAY_CHANGE += tuple(f"{who}.{key}" for who in ("endpoint", "agent.coder") for key in OPERATION)
+FAILURES = 5  # episodes in a row that an endpoint ends before the run gives up
 
 
 # ------------------------------------------------------------------------------------- one trajectory
 
 
-class Recorder:
-    """An environment that remembers its experiments, so that a renamed copy can be replayed without them."""
+@dataclass
+class Played:
+    """What came of one trajectory: its rows, the original first, or why it was dropped and what it cost."""
 
-    def __init__(self, env: Environment):
-        self.env, self.cfg, self.part, self.seen = env, env.cfg, env.part, []
-
-    def experiment(self, *args) -> Experiment:
-        self.seen.append(self.env.experiment(*args))
-        return self.seen[-1]
-
-
-class Replay:
-    """An environment that answers with recorded experiments, in order."""
-
-    def __init__(self, recorder: Recorder):
-        self.cfg, self.part, self.rest = recorder.cfg, recorder.part, list(recorder.seen)
-
-    def experiment(self, *args) -> Experiment:
-        return self.rest.pop(0)
+    index: int
+    rows: list[dict]
+    error: Exception | None
+    spent: dict  # prompt_tokens, completion_tokens
 
 
-def play(cfg: Config, names: tuple[str, ...], index: int, env: Environment) -> list[dict]:
-    """Trajectory `index` and its renamed copies, as rows. Runs the experiments; thread-safe."""
-    rng = np.random.default_rng([cfg.seed, index])
-    task = tasks.load(names[index % len(names)])
-    ideas = draw_ideas(task, rng)
-    recorder = Recorder(env)
-    texts = [idea.text for idea in ideas] if cfg.keep_ideas else []
-    expert = ScriptedExpert(task, ideas, cfg.agent)
-    episode = Episode(initial_state(task, recorder, texts))
-    states, outcome = [], None
-    while not episode.end:
-        states.append(episode.state)
-        step = transition(episode.state, expert.reply(episode.state, outcome), recorder)
-        episode.add(step, cfg.max_steps, cfg.max_minutes)
-        outcome = step.outcome
-    rows = [to_row(index, task, ideas, states, episode, cfg)]
-    if episode.end != "internal":
-        for copy in range(cfg.renamed_copies):
-            renamed = replay_renamed(task, texts, episode, recorder, rng)
-            if renamed:
-                rows.append(to_row(index, task, ideas, *renamed, cfg) | {"copy": copy + 1})
-    return rows
+class Collector:
+    """What all trajectories of a run share. `play` is thread-safe. Raises config.UserError, tasks.TaskError."""
+
+    def __init__(self, cfg: Config, names: tuple[str, ...], env: Environment, voice: EndpointVoice | LocalVoice | None):
+        self.cfg, self.names, self.env, self.voice = cfg, names, env, voice
+        self.pools = {name: pool_of(tasks.load(name), cfg) for name in names}
+        for name, pool in self.pools.items():
+            self.expert(tasks.load(name), pool, 0)  # complains about ideas that it cannot carry out
+
+    def play(self, index: int) -> Played:
+        """Trajectory `index` and its renamed copies. Runs the experiments."""
+        rng = np.random.default_rng([self.cfg.seed, index])
+        task = tasks.load(self.names[index % len(self.names)])
+        pool = self.pools[task.name]
+        drawn = draw_ideas(task, rng, pool) if pool else []
+        expert = self.expert(task, drawn, index)
+        rows, error = [], None
+        try:
+            rows = self.rows(index, task, drawn, expert, rng)
+        except (ChatError, config.UserError) as reason:  # UserError: the coder's budget
+            error = reason
+        tokens = {"prompt_tokens": expert.prompt_tokens, "completion_tokens": expert.completion_tokens}
+        return Played(index, rows, error, tokens)
+
+    def expert(self, task, drawn, index: int) -> ScriptedExpert | ModelExpert:
+        if self.voice is None:
+            return ScriptedExpert(task, drawn, self.cfg.agent)
+        calls = self.cfg.max_steps * (1 + self.cfg.retries)  # the most that one trajectory makes
+        return ModelExpert(self.voice, self.cfg.agent, self.cfg.retries, range(index * calls, (index + 1) * calls))
+
+    def rows(self, index: int, task, drawn, expert, rng) -> list[dict]:
+        cfg, recorder = self.cfg, Recorder(self.env)
+        texts = [idea.text for idea in drawn] if cfg.ideas_from != "none" else []
+        saved = texts if cfg.keep_ideas else []
+        told = texts if self.voice else saved  # the scripted expert knows its ideas
+        episode = Episode(initial_state(task, recorder, told))
+        states, said, outcome = [], [], None
+        while not episode.end:
+            try:
+                reply = expert.reply(episode.state, outcome)
+            except PromptTooLong:
+                if not episode.steps:
+                    raise  # the task itself does not fit: the user must know
+                episode.end = "overflow"
+                break
+            said.append(reply if self.voice else Said(reply))
+            states.append(episode.state)
+            step = transition(episode.state, said[-1].text, recorder, said[-1].cut)
+            episode.add(step, cfg.max_steps, cfg.max_minutes)
+            outcome = step.outcome
+        row = to_row(index, task, drawn, states, episode, cfg)
+        if told != saved:
+            leave_out_ideas(row, task, told)
+        if self.voice:
+            row |= {"model": cfg.endpoint.model if cfg.expert == "endpoint" else cfg.local.checkpoint}
+            row |= {"prompt_tokens": expert.prompt_tokens, "completion_tokens": expert.completion_tokens}
+            for step, reply in zip(row["steps"], said):
+                step |= {"retries": reply.refused} if reply.refused else {}
+        rows = [row]
+        if episode.end != "internal":
+            for copy in range(cfg.renamed_copies):
+                renamed = replay_renamed(task, saved, episode, recorder, rng)
+                if renamed:
+                    rows.append(to_row(index, task, drawn, *renamed, cfg) | {"copy": copy + 1})
+        return rows
 
 
-def to_row(index: int, task, ideas, states: list[State], episode: Episode, cfg: Config) -> dict:
+def pool_of(task: "tasks.Task", cfg: Config) -> "list[tasks.Idea]":
+    """The ideas that trajectories of a task draw from; empty where the expert gets none."""
+    if cfg.ideas_from == "run":
+        return ideas.load_subset(Path("runs") / cfg.run / "ideas", task)
+    if cfg.ideas_from == "none":
+        return habits(task.ideas()) if cfg.expert == "scripted" else []
+    return task.ideas()
+
+
+def to_row(index: int, task, drawn, states: list[State], episode: Episode, cfg: Config) -> dict:
     """A trajectory as one JSON object. `files` of a step are the sources *before* its action."""
     steps = [
         {
@@ -109,6 +193,7 @@ def to_row(index: int, task, ideas, states: list[State], episode: Episode, cfg: 
             "files": state.files,
             "undo": state.undo,
         }
+        | ({"coder": step.coder} if step.coder else {})
         for state, step in zip(states, episode.steps)
     ]
     scores = [states[0].score] + [s.after for s in episode.steps if s.after is not None]
@@ -117,7 +202,7 @@ def to_row(index: int, task, ideas, states: list[State], episode: Episode, cfg: 
         "index": index,
         "copy": 0,
         "task": task.name,
-        "ideas": [{"axis": idea.axis, "text": idea.text} for idea in ideas],
+        "ideas": [{"axis": idea.axis, "text": idea.text} for idea in drawn],
         "messages": episode.state.messages,
         "steps": steps,
         "initial_score": states[0].score,
@@ -129,77 +214,12 @@ def to_row(index: int, task, ideas, states: list[State], episode: Episode, cfg: 
     }
 
 
-# ----------------------------------------------------------------------------------- renamed copies
-
-# Alternatives for the names that starters give their variables. A model trained from scratch on a few
-# scripts remembers them; renamed copies, whose scores are the same, teach it to read the script instead.
-ALTERNATIVES = {
-    "X": ("X", "features", "inputs", "data", "x_train", "table", "A", "rows"),
-    "y": ("y", "target", "labels", "t", "y_train", "answers", "b", "truth"),
-    "X_test": ("X_test", "test", "unseen", "x_new", "hidden", "A_test", "queries", "X2"),
-    "model": ("model", "clf", "estimator", "m", "learner", "net", "predictor", "machine"),
-}
-
-
-def rename(code: str, names: dict[str, str]) -> str:
-    """Python code (whole lines) with variables renamed; attributes, keyword arguments, strings untouched.
-
-    Raises ValueError when the code cannot be tokenised.
-    """
-    lines = code.splitlines(keepends=True)
-    try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(code).readline))
-    except (tokenize.TokenError, IndentationError, SyntaxError) as error:
-        raise ValueError(f"cannot tokenise: {error}") from None
-    depth, edits = 0, []
-    for i, token in enumerate(tokens):
-        if token.type == tokenize.OP:
-            depth += (token.string in "([{") - (token.string in ")]}")
-        if token.type != tokenize.NAME or token.string not in names:
-            continue
-        attribute = i > 0 and tokens[i - 1].string == "."
-        keyword = depth > 0 and tokens[i + 1].string == "="
-        if not attribute and not keyword:
-            edits.append((token.start, token.string))
-    for (row, column), old in reversed(edits):
-        line = lines[row - 1]
-        lines[row - 1] = line[:column] + names[old] + line[column + len(old) :]
-    return "".join(lines)
-
-
-def rename_action(action: Action, names: dict[str, str]) -> Action:
-    if isinstance(action.edit, str):
-        return Action(action.name, action.args, action.thought, rename(action.edit, names))
-    if action.edit:
-        pairs = [(rename(old, names), rename(new, names)) for old, new in action.edit]
-        return Action(action.name, action.args, action.thought, pairs)
-    return action
-
-
-def replay_renamed(task, ideas: list[str], episode: Episode, recorder: Recorder, rng):
-    """(states, episode) of the same trajectory with other variable names; None where that cannot be done."""
-    replies = [step.state.messages[-2]["content"] for step in episode.steps]
-    taken = set(re.findall(r"\w+", "\n".join([*task.sources().values(), *replies])))
-    names = {}
-    for old, alternatives in ALTERNATIVES.items():
-        free = [n for n in alternatives if n not in taken and n not in names.values()]
-        names[old] = str(rng.choice([*free, old]))
-    replay = Replay(recorder)
-    state = initial_state(task, replay, ideas)
-    states, copy = [], None
-    try:
-        files = {name: rename(text, names) for name, text in state.files.items()}
-        copy = Episode(State(state.task, state.messages, files, state.score, 0, {}, "start", state.id))
-        for reply in replies:
-            states.append(copy.state)
-            action = rename_action(parse_reply(reply, replay.cfg), names)
-            step = transition(copy.state, format_reply(action, replay.cfg), replay)
-            copy.add(step, len(replies), float("inf"))
-    except ValueError:  # code that cannot be tokenised: some ideas are meant to crash
-        return None
-    same = [s.outcome for s in copy.steps] == [s.outcome for s in episode.steps]
-    copy.end = episode.end
-    return (states, copy) if same else None
+def leave_out_ideas(row: dict, task, texts: list[str]) -> None:
+    """Take the ideas out of a row's task text, as acting has none."""
+    first, *rest = row["messages"]
+    told = problem_text(task, texts)
+    assert first["content"].startswith(told)
+    row["messages"] = [{**first, "content": problem_text(task) + first["content"][len(told) :]}, *rest]
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -219,44 +239,108 @@ def write_states(folder: Path, rows: list[dict]) -> int:
     return count
 
 
-def main():
-    cfg = config.load(Config, "collect")
+def open_voice(cfg: Config, env: Environment, spent: tuple[int, int]) -> EndpointVoice | LocalVoice | None:
+    """How an LLM expert speaks; None for the scripted one. Raises config.UserError."""
+    if cfg.expert == "scripted":
+        return None
+    if cfg.expert == "endpoint":
+        return EndpointVoice(connect(cfg.endpoint, spent), cfg.agent)
+    local = cfg.local
+    require_checkpoint(local.checkpoint, "give a Hugging Face directory or hub id as collect.local.checkpoint")
+    policy = load_policy(local.checkpoint, env, local.temperature, local.top_p, local.max_batch, local.dtype)
+    return LocalVoice(policy, cfg.seed)
+
+
+def harvest(futures: list[Future], folder: Path, progress: Progress) -> tuple[list[dict], int, Exception | None]:
+    """Save trajectories as they end; (rows, dropped episodes, what stopped it all or None).
+
+    Once the budget is spent, or FAILURES episodes in a row got no answer, nothing new begins; what is under way
+    may still end and is saved.
+    """
+    rows, dropped, in_a_row, reason = [], 0, 0, None
+    for future in as_completed(futures):
+        if future.cancelled():
+            continue
+        played = future.result()
+        if played.error is None and played.rows[0]["end"] != Outcome.INTERNAL:
+            append_rows(folder / "trajectories.jsonl", played.rows)
+            rows += played.rows
+            in_a_row = 0
+            progress.add(1)
+            continue
+        # Our own failure or the endpoint's: not a trajectory; the next run plays it again.
+        dropped += 1
+        in_a_row += isinstance(played.error, ChatError)
+        why = str(played.error or "internal failure")
+        append_rows(folder / "dropped.jsonl", [{"index": played.index, "reason": why} | played.spent])
+        fatal = isinstance(played.error, (BudgetSpent, config.UserError)) or in_a_row >= FAILURES
+        if fatal and reason is None:
+            reason = played.error
+            for other in futures:
+                other.cancel()
+    return rows, dropped, reason
+
+
+def collect_trajectories(cfg: Config) -> None:
     names = cfg.tasks or tuple(tasks.names("micro", "train"))
     for name in names:
         tasks.load(name).require_prepared()
     folder = Path("runs") / cfg.run / "data"
-    folder.mkdir(parents=True, exist_ok=True)
-    claim(folder, cfg, ignore=("trajectories", "sandbox"))
-    path = folder / "trajectories.jsonl"
-    rows = read_jsonl(path, repair=True) if path.exists() else []
+    claim(folder, cfg, ignore=MAY_CHANGE)
+    rows, lost = (
+        read_jsonl(folder / name, repair=True) if (folder / name).exists() else []
+        for name in ("trajectories.jsonl", "dropped.jsonl")
+    )
     done = {row["index"] for row in rows}
     todo = [i for i in range(cfg.trajectories) if i not in done]
-    failed = 0
-    cache = Path("runs") / "cache"
-    with Environment(cfg.agent, cfg.sandbox, cache) as env:
-        print(f"sandbox tier {env.pool.tier}, {len(todo)} trajectories to go, {len(done)} done")
-        threads = ThreadPoolExecutor(4 * env.workers)
-        futures = [threads.submit(play, cfg, names, i, env) for i in todo]
+    spent = tokens_of([*(row for row in rows if row["copy"] == 0), *lost])
+    with ExitStack() as stack:
+        env = stack.enter_context(Environment(cfg.agent, cfg.sandbox, Path("runs") / "cache"))
+        voice = open_voice(cfg, env, spent) if todo else None
+        collector = Collector(cfg, names, env, voice)
+        if voice:
+            stack.callback(voice.close)
+        print(f"sandbox tier {env.pool.tier}, {len(todo)} trajectories to go, {len(done)} done", flush=True)
+        client = voice.client if isinstance(voice, EndpointVoice) else None
+        busy = client.endpoint.in_flight if client else cfg.local.max_batch if voice else 0
+        threads = ThreadPoolExecutor(cfg.at_once or 4 * env.workers + busy)
+        progress = Progress("trajectories", cfg.trajectories, len(done), client)
         try:
-            bar = tqdm(as_completed(futures), total=len(todo), disable=not sys.stderr.isatty())
-            for future in bar:
-                new = future.result()
-                if new[0]["end"] == Outcome.INTERNAL:
-                    failed += 1  # our own failure: not a trajectory; the next run tries it again
-                    continue
-                append_rows(path, new)
-                rows += new
+            new, dropped, reason = harvest([threads.submit(collector.play, i) for i in todo], folder, progress)
         finally:
+            # After an error or Ctrl-C: nothing new begins; what is under way fails as voice and env close.
             threads.shutdown(wait=False, cancel_futures=True)
+            progress.close()
+    rows += new
     count = write_states(folder, rows)
     originals = [row for row in rows if row["copy"] == 0]
     gains = [tasks.load(r["task"]).gain(r["final_score"], "reward") for r in originals]
     print(
         f"{len(originals)} trajectories, {len(rows) - len(originals)} renamed copies, {count} states; "
-        f"mean normalised gain {np.mean(gains):.3f}; {env.counts['experiments']} experiments asked for, "
-        f"{env.counts['cache_hits']} found; {failed} internal failures"
+        f"mean normalised gain {np.mean(gains) if gains else 0:.3f}; {env.counts['experiments']} experiments asked "
+        f"for, {env.counts['cache_hits']} found; {dropped} dropped"
     )
+    if voice:
+        tokens = tokens_of(originals)
+        again = sum(len(step.get("retries", ())) for row in originals for step in row["steps"])
+        steps = sum(len(row["steps"]) for row in originals)
+        cost = f", {usd_of(cfg.endpoint, tokens):.2f} USD" if client else ""
+        print(f"{tokens[0]} prompt and {tokens[1]} completion tokens{cost}; {again} replies to {steps} asked again")
+    if reason:
+        left = cfg.trajectories - len(originals)
+        raise config.UserError(
+            f"{reason}{how_to_go_on(reason)} ({left} trajectories to go; the others are in {folder})"
+        )
+
+
+def main():
+    command = sys.argv.pop(1) if sys.argv[1:2] in (["ideas"], ["trajectories"]) else "trajectories"
+    cfg = config.load(Config, "collect")
+    if command == "ideas":
+        ideas.make(cfg, Path("runs") / cfg.run / "ideas")
+    else:
+        collect_trajectories(cfg)
 
 
 if __name__ == "__main__":
-    config.main(main, user_errors=(tasks.TaskError, sandbox.SandboxError))
+    config.main(main, user_errors=(tasks.TaskError, sandbox.SandboxError, PromptTooLong))

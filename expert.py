@@ -1,24 +1,49 @@
-"""The scripted expert: a stand-in for the paper's LLM expert that needs no model (paper 4.1, B.1).
+"""Experts that explore (paper 4.1, B.1). All see what any agent sees; the hidden answers play no part.
 
-It draws 1-3 of the axes data, model and learning, shuffles them, takes one idea from each pool, and tries them
-one by one: edit, look at the validation score that the script itself prints, keep the edit or undo it, finish.
-It sees what any agent sees; the hidden answers play no part in its decisions.
+ScriptedExpert   needs no model: it tries its ideas one by one, looks at the validation score that the script itself
+                 prints, keeps the edit or undoes it, and finishes
+ModelExpert      an LLM that finds its ideas in the task text (the paper's GPT-4o-mini), which speaks through
+    EndpointVoice    a chat endpoint (client.py)
+    LocalVoice       a checkpoint on this machine (rollout.Policy), one batch for the episodes of many threads
 """
 
+import queue
 import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+import config
 import tasks
-from agent import Action, AgentConfig, State, format_reply
+from agent import (
+    FIELDS,
+    Action,
+    AgentConfig,
+    InvalidAction,
+    InvalidFormat,
+    PromptTooLong,
+    State,
+    encode_state,
+    format_reply,
+    parse_reply,
+    render,
+)
+from client import Client, estimate_tokens
 from reward import Outcome
 
 AXES = ("data", "model", "learning")
 
 
-def draw_ideas(task: "tasks.Task", rng: np.random.Generator) -> list["tasks.Idea"]:
-    """One idea from each of 1-3 axes, in random order (paper B.1)."""
-    pools = {axis: [idea for idea in task.ideas() if idea.axis == axis] for axis in AXES}
+def draw_ideas(
+    task: "tasks.Task", rng: np.random.Generator, ideas: "list[tasks.Idea] | None" = None
+) -> list["tasks.Idea"]:
+    """One idea from each of 1-3 axes, in random order (paper B.1); of `ideas`, or of the task's own."""
+    ideas = task.ideas() if ideas is None else ideas
+    pools = {axis: [idea for idea in ideas if idea.axis == axis] for axis in AXES}
     filled = [axis for axis in AXES if pools[axis]]
     axes = rng.permutation(filled)[: rng.integers(1, len(filled) + 1)]
     return [pools[axis][rng.integers(len(pools[axis]))] for axis in axes]
@@ -52,10 +77,30 @@ def printed_score(text: str) -> float | None:
     return float(found.group(1)) if found else None
 
 
+def habits(ideas: list["tasks.Idea"]) -> list["tasks.Idea"]:
+    """The first idea of each axis: the repertoire of a scripted expert that is given no pools.
+
+    A stand-in, for comparisons, for what an LLM does without ideas: it falls back on the same few edits.
+    """
+    return [next(idea for idea in ideas if idea.axis == axis) for axis in AXES if any(i.axis == axis for i in ideas)]
+
+
 class ScriptedExpert:
-    """Plays one episode: `reply(state, outcome)` gives the next reply, from what the last action gave."""
+    """Plays one episode: `reply(state, outcome)` gives the next reply, from what the last action gave.
+
+    Raises tasks.TaskError for ideas without code, or where edits are not the agent's to write.
+    """
+
+    prompt_tokens = completion_tokens = 0
 
     def __init__(self, task: "tasks.Task", ideas: list["tasks.Idea"], cfg: AgentConfig):
+        if cfg.edit_mode != "direct":
+            raise tasks.TaskError("the scripted expert writes its edits itself: set agent.edit_mode = direct")
+        if any(idea.code is None for idea in ideas):
+            raise tasks.TaskError(
+                f"the ideas of {task.name} are texts without code, which the scripted expert cannot carry out: "
+                "set collect.expert = endpoint or local"
+            )
         self.task, self.cfg, self.ideas = task, cfg, list(ideas)
         self.best: float | None = None  # the best validation score printed so far
         self.edited = False  # whether the last action was an edit
@@ -82,3 +127,184 @@ class ScriptedExpert:
     def _say(self, action: str, thought: str) -> str:
         args = {"final_answer": thought} if action == "Final Answer" else {"script_name": self.cfg.script}
         return format_reply(Action(action, args, {"Thought": thought}), self.cfg)
+
+
+# ----------------------------------------------------------------------------------------- LLM experts
+
+
+@dataclass
+class Spoken:
+    """What an LLM replied, as it stands, and what it cost."""
+
+    text: str
+    cut: bool  # its end is missing: it reached the longest reply allowed
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass
+class Said:
+    """The reply that counts, and those before it that could not be read: [{"reply", "reason"}, ...]."""
+
+    text: str
+    cut: bool = False
+    refused: list[dict] = field(default_factory=list)
+
+
+Voice = Callable[[State, int], Spoken]  # (what to reply to, a number that no other call has)
+
+AGAIN = "Your reply could not be read: {reason}. Reply once more, in the form that was described."
+
+
+class ModelExpert:
+    """Plays one episode with an LLM: `reply(state)` asks again, with the reason, for what cannot be read.
+
+    numbers: for the voice, one for each call; a local checkpoint draws its randomness from them.
+    """
+
+    def __init__(self, voice: Voice, cfg: AgentConfig, retries: int, numbers: range):
+        self.voice, self.cfg, self.retries, self.numbers = voice, cfg, retries, iter(numbers)
+        self.prompt_tokens = self.completion_tokens = 0
+
+    def reply(self, state: State, outcome: Outcome | None = None) -> Said:
+        """The first readable reply, else the last one: the transition tells the agent what is wrong with it.
+        `outcome` (the last action's) is not looked at: its feedback stands in the state.
+
+        Raises client.ChatError (of an endpoint), agent.PromptTooLong.
+        """
+        asked, refused = state, []
+        while True:
+            try:
+                spoken = self.voice(asked, next(self.numbers))
+            except PromptTooLong:
+                if not refused:
+                    raise
+                return Said(refused[-1]["reply"], spoken.cut, refused[:-1])  # no room to be asked again
+            self.prompt_tokens += spoken.prompt_tokens
+            self.completion_tokens += spoken.completion_tokens
+            text = re.sub(r"(?s)\A\s*<think>.*?</think>\s*", "", spoken.text)  # of models that think aloud first
+            try:
+                if spoken.cut:
+                    raise InvalidFormat("it was cut off: be shorter")
+                return Said(tidy(text, self.cfg), False, refused)
+            except (InvalidFormat, InvalidAction) as error:
+                if len(refused) == self.retries:
+                    return Said(text, spoken.cut, refused)
+                refused.append({"reply": text, "reason": str(error)})
+            again = AGAIN.format(reason=refused[-1]["reason"])
+            turns = [{"role": "assistant", "content": text}, {"role": "user", "content": again}]
+            asked = replace(state, messages=[*state.messages, *turns])
+
+
+def tidy(text: str, cfg: AgentConfig) -> str:
+    """A reply as `format_reply` writes it: the fields in their order, the action, and no remark before or after.
+    A reply that goes on to invent what the environment answers would otherwise be learned as it is.
+
+    Raises InvalidFormat, InvalidAction: it cannot be read, or gives no thought where thoughts are asked for.
+    """
+    action = parse_reply(text, cfg)
+    if FIELDS[cfg.thought] and not any(action.thought.get(name) for name in FIELDS[cfg.thought]):
+        raise InvalidFormat(f"no line that starts with '{FIELDS[cfg.thought][-1]}:'")
+    short = format_reply(action, cfg)
+    try:
+        again = parse_reply(short, cfg)
+    except (InvalidFormat, InvalidAction):
+        return text
+    return short if (again.name, again.args, again.edit) == (action.name, action.args, action.edit) else text
+
+
+class EndpointVoice:
+    """Speaks through a chat endpoint. Prompts are cut to agent.max_prompt_tokens, counted as 4 characters each."""
+
+    def __init__(self, client: Client, cfg: AgentConfig):
+        self.client, self.cfg = client, cfg
+
+    def __call__(self, state: State, number: int) -> Spoken:
+        reply = self.client.chat(self.prompt(state))
+        return Spoken(reply.text, reply.finish == "length", reply.prompt_tokens, reply.completion_tokens)
+
+    def prompt(self, state: State) -> list[dict]:
+        for dropped in range(2 * (len(state.messages) // 2) + 1):
+            messages = render(state, self.cfg, dropped)
+            tokens = estimate_tokens("".join(m["content"] for m in messages))
+            if tokens <= self.cfg.max_prompt_tokens:
+                return messages
+        raise PromptTooLong(
+            f"task {state.task}: task text and script take about {tokens} tokens, more than "
+            f"agent.max_prompt_tokens = {self.cfg.max_prompt_tokens}: raise it"
+        )
+
+    def close(self) -> None:
+        self.client.close()
+
+
+def load_policy(path: str, env, temperature: float, top_p: float, max_batch: int, dtype: str = "auto"):
+    """A rollout.Policy of a checkpoint, on the GPU if there is one. dtype: auto (bf16 on CUDA, else fp32), bf16, fp32.
+
+    Raises config.UserError for a model that is not covered.
+    """
+    import torch  # late: the other experts do not need it
+    from transformers import AutoTokenizer
+
+    from rollout import Policy, Sampling
+    from weights import load_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = dtype == "bf16" or (dtype == "auto" and device == "cuda")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    with config.user_error():
+        model = load_model(path, torch.bfloat16 if half else torch.float32, device)
+    model.valid_vocab = len(tokenizer)
+    return Policy(model, tokenizer, env, Sampling(temperature, top_p, max_batch))
+
+
+class LocalVoice:
+    """Speaks through a checkpoint. Whatever the threads ask while one batch is generated makes up the next.
+
+    policy: a rollout.Policy. A reply is a function of the prompt, the seed and its number, not of its batch.
+    """
+
+    def __init__(self, policy, seed: int):
+        from generate import Rng  # late: it imports torch, which the other experts do not need
+
+        self.policy, self.rng = policy, Rng(seed, 1 << 25)  # a stream apart from those of RL and evaluation
+        self.waiting: queue.Queue = queue.Queue()
+        self.closed = False
+        threading.Thread(target=self._serve, daemon=True, name="local voice").start()
+
+    def __call__(self, state: State, number: int) -> Spoken:
+        future: Future = Future()
+        self.waiting.put((state, number, future))
+        return future.result()
+
+    def close(self) -> None:
+        """End the generation under way; who waits gets an error."""
+        self.closed = True
+        self.waiting.put(None)
+
+    def _serve(self) -> None:
+        while True:
+            jobs = [self.waiting.get()]
+            time.sleep(0.02)  # episodes whose experiments end together belong into one batch
+            while not self.waiting.empty():
+                jobs.append(self.waiting.get())
+            ready = []
+            for state, number, future in filter(None, jobs):
+                try:
+                    prompt = encode_state(state, self.policy.cfg, self.policy.tokenizer)
+                    ready.append((prompt, number, future))
+                except PromptTooLong as error:
+                    future.set_exception(error)
+            try:
+                if self.closed:
+                    raise RuntimeError("the local expert was closed")
+                for c in self.policy.sample([p for p, _, _ in ready], self.rng, [n for _, n, _ in ready]):
+                    if self.closed:
+                        raise RuntimeError("the local expert was closed")
+                    prompt, _, future = ready[c.index]
+                    text = self.policy.text(c.tokens)
+                    future.set_result(Spoken(text, c.finish == "length", len(prompt), len(c.tokens)))
+            except Exception as error:  # the threads that wait must not wait for ever
+                for _, _, future in ready:
+                    if not future.done():
+                        future.set_exception(error)

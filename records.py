@@ -6,6 +6,7 @@ run leaves at most one half line, at the end, which `read_jsonl(repair=True)` cu
 
 import json
 import os
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
 import yaml
@@ -17,22 +18,42 @@ from agent import State
 def claim(folder: Path, cfg, ignore: tuple[str, ...] = ()) -> None:
     """Make `folder` this configuration's (config.yaml in it), or check that it is already.
 
-    Keys in `ignore` (how long, how fast) may differ between a run and its continuation.
+    Keys in `ignore` (how long, how fast) may differ between a run and its continuation: "seed", or "endpoint.retries"
+    of a mapping. A key that the folder does not know, since it is older, has its default there.
 
     Raises config.UserError naming the first key that differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     if path.exists():
-        old, new = yaml.safe_load(path.read_text()), config.to_dict(cfg)
-        for key in new:
-            if key not in ignore and old.get(key) != new[key]:
+        new = _flat(config.to_dict(cfg))
+        old = _flat(_defaults(cfg)) | _flat(yaml.safe_load(path.read_text()))
+        names = {key.split(".")[0] for key in new}  # a key that is gone from the script claims nothing
+        for key in dict.fromkeys([*new, *(k for k in old if k.split(".")[0] in names)]):
+            parts = key.split(".")
+            ignored = any(".".join(parts[:n]) in ignore for n in range(1, len(parts) + 1))
+            if not ignored and old.get(key) != new.get(key):
                 raise config.UserError(
-                    f"{folder} belongs to another run: {key} is {old.get(key)!r} there and {new[key]!r} now; "
+                    f"{folder} belongs to another run: {key} is {old.get(key)!r} there and {new.get(key)!r} now; "
                     f"choose another run name, or remove {folder}"
                 )
     config.save(cfg, path)
     print(f"configuration: {path}", flush=True)
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    """{"agent": {"thought": "full"}} -> {"agent.thought": "full"}"""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _defaults(cfg) -> dict:
+    """The defaults of a configuration's keys, as config.to_dict gives values."""
+    own = [f for f in fields(cfg) if not (f.default is MISSING and f.default_factory is MISSING)]
+    pairs = [(f.name, f.default if f.default_factory is MISSING else f.default_factory()) for f in own]
+    return json.loads(json.dumps({name: asdict(v) if is_dataclass(v) else v for name, v in pairs}))
 
 
 def read_jsonl(path: Path, repair: bool = False) -> list[dict]:

@@ -31,8 +31,10 @@ import config
 import dist
 import tasks
 from agent import AgentConfig, PromptTooLong, encode_state, encode_text, render
-from model import ModelConfig, build_model, load_model, save_model, train_tokenizer
+from filters import Filters, keep_steps
+from model import ModelConfig
 from records import append_rows, claim, read_jsonl, require_checkpoint, states_of, truncate_log
+from weights import build_model, load_model, save_model, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Config:
     seed: int = 0
     model: ModelSpec = field(default_factory=ModelSpec)
     agent: AgentConfig = field(default_factory=AgentConfig)
+    filters: Filters = field(default_factory=Filters)  # which of the expert's actions to learn from
     epochs: float = 2.0  # passes over the examples (paper C.1)
     max_updates: int = 0  # stop after this many updates; 0 = when the epochs are over
     batch_size: int = 64  # examples in one update, over all ranks (paper C.1)
@@ -63,7 +66,7 @@ class Config:
     heldout: float = 0.05  # share of the trajectories kept for the held-out loss, by trajectory
     eval_every: int = 200  # updates between held-out losses
     save_every: int = 200  # updates between checkpoints
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute: bf16 on several GPUs; master weights are fp32
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute: bf16 on GPUs; master weights are fp32
     checkpoint_blocks: bool = False  # recompute activations in the backward pass: less memory, slower
 
     def __post_init__(self):
@@ -76,13 +79,24 @@ class Config:
 # ---------------------------------------------------------------------------------------------- data
 
 
-def make_examples(rows: list[dict], cfg: Config, tokenizer) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, reply ids with EOS) for every action of the trajectories."""
+def heldout_indices(rows: list[dict], cfg: Config) -> set[int]:
+    """The trajectories that training does not see, each with all its renamed copies: states of one episode are
+    nearly the same text."""
+    indices = np.random.default_rng([cfg.seed, 1]).permutation(sorted({row["index"] for row in rows}))
+    return set(indices[: round(cfg.heldout * len(indices))].tolist())
+
+
+Chosen = list[tuple[dict, list[int]]]  # trajectory rows, each with the steps to learn from
+
+
+def make_examples(chosen: Chosen, cfg: Config, tokenizer) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, reply ids with EOS) for every action to learn from."""
     examples = []
-    for row in tqdm(rows, desc="tokenise", disable=not sys.stderr.isatty()):
-        for state, step in zip(states_of(row), row["steps"]):
-            prompt = encode_state(state, cfg.agent, tokenizer)
-            reply = [*encode_text(step["reply"], tokenizer), tokenizer.eos_token_id]
+    for row, steps in tqdm(chosen, desc="tokenise", disable=not sys.stderr.isatty()):
+        states = states_of(row)
+        for t in steps:
+            prompt = encode_state(states[t], cfg.agent, tokenizer)
+            reply = [*encode_text(row["steps"][t]["reply"], tokenizer), tokenizer.eos_token_id]
             examples.append((prompt, reply))
     kept = [e for e in examples if len(e[1]) <= cfg.agent.max_new_tokens]
     if len(kept) < len(examples):
@@ -93,12 +107,13 @@ def make_examples(rows: list[dict], cfg: Config, tokenizer) -> list[tuple[list[i
     return kept
 
 
-def texts_of(rows: list[dict], cfg: Config):
+def texts_of(chosen: Chosen, cfg: Config):
     """What the tokenizer of a model from scratch is trained on: every prompt's and reply's text."""
-    for row in rows:
-        for state, step in zip(states_of(row), row["steps"]):
-            yield "\n".join(m["content"] for m in render(state, cfg.agent))
-            yield step["reply"]
+    for row, steps in chosen:
+        states = states_of(row)
+        for t in steps:
+            yield "\n".join(m["content"] for m in render(states[t], cfg.agent))
+            yield row["steps"][t]["reply"]
 
 
 def micro_batches(examples: list, limit: int) -> list[list]:
@@ -168,7 +183,7 @@ def learning_rate(update: int, total: int, cfg: Config) -> float:
 # ---------------------------------------------------------------------------------------------- main
 
 
-def starting_model(cfg: Config, rows: list[dict], ctx):
+def starting_model(cfg: Config, chosen: Chosen, ctx):
     """(model, tokenizer): pretrained weights, or a small decoder and tokenizer made for these trajectories.
 
     COLLECTIVE."""
@@ -181,7 +196,7 @@ def starting_model(cfg: Config, rows: list[dict], ctx):
         tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
         return load_model(cfg.model.path, torch.float32, ctx.device, shard), tokenizer
     spec = cfg.model
-    tokenizer = train_tokenizer(texts_of(rows, cfg), spec.vocab_size)
+    tokenizer = train_tokenizer(texts_of(chosen, cfg), spec.vocab_size)
     shape = ModelConfig(
         family="llama",  # transformers keeps our tokenizer as it is for llama; for qwen2 it splits words its own way
         vocab_size=len(tokenizer),
@@ -217,15 +232,20 @@ def main():
         dist.close()
         return
 
-    # Split by trajectory (all its renamed copies with it): states of one episode are nearly the same text.
-    indices = np.random.default_rng([cfg.seed, 1]).permutation(sorted({row["index"] for row in rows}))
-    held = set(indices[: round(cfg.heldout * len(indices))].tolist())
+    held = heldout_indices(rows, cfg)
+    kept, dropped = keep_steps(rows, cfg.filters, cfg.agent, cfg.seed)
+    chosen = list(zip(rows, kept))
+    actions = sum(len(row["steps"]) for row in rows)
+    report = ", ".join(f"{name} {count}" for name, count in dropped.items())
+    dist.print0(f"{sum(map(len, kept))} of {actions} actions to learn from; left out by filters: {report}")
+    if not any(kept):
+        raise config.UserError("train_sft.filters leave nothing to learn from")
     with config.user_error():
-        model, tokenizer = starting_model(cfg, rows, ctx)
+        model, tokenizer = starting_model(cfg, chosen, ctx)
     model.valid_vocab = len(tokenizer)
     model.checkpoint_blocks = cfg.checkpoint_blocks
-    train = make_examples([r for r in rows if r["index"] not in held], cfg, tokenizer)
-    valid = make_examples([r for r in rows if r["index"] in held and r["copy"] == 0], cfg, tokenizer)
+    train = make_examples([(r, s) for r, s in chosen if r["index"] not in held], cfg, tokenizer)
+    valid = make_examples([(r, s) for r, s in chosen if r["index"] in held and r["copy"] == 0], cfg, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     per_epoch = len(train) // cfg.batch_size
     if per_epoch == 0:

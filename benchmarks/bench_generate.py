@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from generate import Generator, Rng
-from model import ModelConfig, build_model, find_checkpoint, load_model, save_model
+from model import ModelConfig
+from weights import build_model, find_checkpoint, load_model, save_model
 
 TINY = ModelConfig("llama", 1024, 128, 384, 4, 4, 4, 32, tie_word_embeddings=True)
 

@@ -5,14 +5,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 
 import collect
 import config
+import copies
 import expert
 import records
 import tasks
 from agent import Action, AgentConfig, State, apply_edit, format_reply, parse_reply
-from collect import rename
+from client import Endpoint
+from copies import rename
+from environment import Episode, Experiment, initial_state, transition
 from reward import Outcome
 
 NAMES = {"X": "features", "model": "clf", "y": "t"}
@@ -141,8 +145,100 @@ def test_a_directory_belongs_to_one_configuration(tmp_path):
         records.claim(tmp_path / "d", replace(cfg, seed=1), ignore=("trajectories",))
 
 
+def test_a_directory_looks_into_nested_keys(tmp_path):
+    small = Endpoint("http://localhost:1/v1", "small", max_usd=1.0, price_in=1.0)
+    cfg = collect.Config(run="x", endpoint=small)
+    records.claim(tmp_path / "d", cfg, ignore=collect.MAY_CHANGE)
+    records.claim(tmp_path / "d", replace(cfg, endpoint=replace(small, max_usd=2.0)), ignore=collect.MAY_CHANGE)
+    for other, message in (
+        (replace(small, model="large"), "endpoint.model is 'small' there and 'large' now"),
+        (replace(small, extra={"seed": 1}), "endpoint.extra.seed is None there and 1 now"),
+        (None, "endpoint.model is 'small' there and None now"),
+    ):
+        with pytest.raises(config.UserError, match=message):
+            records.claim(tmp_path / "d", replace(cfg, endpoint=other), ignore=collect.MAY_CHANGE)
+
+
+def test_a_directory_older_than_a_key_has_its_default(tmp_path):
+    cfg = collect.Config(run="x")
+    records.claim(tmp_path / "d", cfg)
+    path = tmp_path / "d" / "config.yaml"
+    old = {k: v for k, v in yaml.safe_load(path.read_text()).items() if k not in ("retries", "pool", "endpoint")}
+    path.write_text(yaml.safe_dump(old | {"gone": 1}))
+    with pytest.raises(config.UserError, match="retries is 3 there and 4 now"):
+        records.claim(tmp_path / "d", replace(cfg, retries=4))
+    records.claim(tmp_path / "d", cfg)
+
+
+class Scores:
+    """An environment in which a script's score follows from its text."""
+
+    def __init__(self, cfg):
+        self.cfg, self.part, self.coder = cfg, "reward", None
+
+    def experiment(self, task, files, script):
+        score = 0.3 + (sum(map(ord, files[script])) % 97 - 48) / 1000
+        return Experiment(Outcome.OK_EDIT, f"validation rmsle {score}", {"reward": score}, 0.5)
+
+
+@pytest.mark.parametrize("keep_ideas", [False, True])
+def test_the_scripted_expert_plays_as_a_plain_loop_does(keep_ideas):
+    agent = AgentConfig(edit_format="lines", thought="short")
+    cfg = collect.Config(run="x", seed=3, tasks=("m-concrete", "m-ames"), agent=agent, keep_ideas=keep_ideas)
+    env = Scores(agent)
+    collector = collect.Collector(cfg, cfg.tasks, env, None)
+    for index in range(12):
+        rng = np.random.default_rng([3, index])
+        task = tasks.load(cfg.tasks[index % 2])
+        ideas = expert.draw_ideas(task, rng)
+        player = expert.ScriptedExpert(task, ideas, agent)
+        episode = Episode(initial_state(task, env, [i.text for i in ideas] if keep_ideas else []))
+        outcome = None
+        while not episode.end:
+            step = transition(episode.state, player.reply(episode.state, outcome), env)
+            episode.add(step, cfg.max_steps, cfg.max_minutes)
+            outcome = step.outcome
+        (row,) = collector.play(index).rows
+        assert row["messages"] == episode.state.messages and row["final_score"] == episode.state.score
+        assert [i["text"] for i in row["ideas"]] == [i.text for i in ideas]
+        assert " ".join(row) == (
+            "index copy task ideas messages steps initial_score final_score best_score end expert seed"
+        )
+        assert " ".join(row["steps"][0]) == "action reply outcome score seconds files undo"
+
+
+def test_without_ideas_the_scripted_expert_has_one_habit_an_axis():
+    agent = AgentConfig(edit_format="lines", thought="short")
+    cfg = collect.Config(run="x", tasks=("m-concrete",), agent=agent, ideas_from="none")
+    collector = collect.Collector(cfg, cfg.tasks, Scores(agent), None)
+    rows = [collector.play(index).rows[0] for index in range(40)]
+    tried = {(i["axis"], i["text"]) for row in rows for i in row["ideas"]}
+    first = {}
+    for idea in tasks.load("m-concrete").ideas():
+        first.setdefault(idea.axis, idea.text)
+    assert tried == set(first.items()) and {len(row["ideas"]) for row in rows} == {1, 2, 3}
+
+
+def test_the_scripted_expert_refuses_what_it_cannot_carry_out():
+    task = tasks.load("m-concrete")
+    text = tasks.Idea("data", "clean the columns", None, None, None)
+    with pytest.raises(tasks.TaskError, match="texts without code"):
+        expert.ScriptedExpert(task, [text], AgentConfig())
+    with pytest.raises(tasks.TaskError, match="edit_mode = direct"):
+        expert.ScriptedExpert(task, [], AgentConfig(edit_mode="instruct"))
+
+
+def test_a_replay_without_experiments_left_is_no_copy():
+    recorder = copies.Recorder(Scores(AgentConfig()))
+    recorder.experiment(tasks.load("m-concrete"), {"train.py": "x"}, "train.py")
+    replay = copies.Replay(recorder)
+    assert replay.experiment() == recorder.seen[0]
+    with pytest.raises(ValueError, match="no experiment"):
+        replay.experiment()
+
+
 def test_a_renamed_action_keeps_its_arguments():
     action = Action("Edit Script", {"script_name": "train.py"}, {"Thought": "X"}, [("X = 1", "X = y")])
-    renamed = collect.rename_action(action, NAMES)
+    renamed = copies.rename_action(action, NAMES)
     assert renamed.edit == [("features = 1", "features = t")]
     assert (renamed.args, renamed.thought) == (action.args, action.thought)

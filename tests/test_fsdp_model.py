@@ -10,17 +10,15 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
 import dist
-import model as model_file
+import weights
 from generate import Generator, Rng
-from model import (
-    ModelConfig,
-    ValueModel,
+from model import ModelConfig, ValueModel, pack_rows
+from weights import (
     build_model,
     init_empty,
     load_model,
     load_value_model,
     load_weights,
-    pack_rows,
     save_model,
     save_value_model,
 )
@@ -68,13 +66,13 @@ def worker(rank, port, folder):
     torch.set_num_threads(1)
     dist.init("cpu")
     read = []
-    opened = model_file.stored_tensors
-    config = model_file.read_config(folder / "actor")
+    opened = weights.stored_tensors
+    config = weights.read_config(folder / "actor")
     actor, critic = init_empty(config), ValueModel(init_empty(config))
     for net, name in ((actor, "actor"), (critic, "critic")):
         dist.shard(net, torch.float32)
         net.to_empty(device="cpu")
-        model_file.stored_tensors = lambda path: {
+        weights.stored_tensors = lambda path: {
             k: (lambda f=f: Counted(f(), read)) for k, f in opened(path).items()
         }
         load_weights(net, folder / name)
@@ -83,7 +81,7 @@ def worker(rank, port, folder):
         assert sum(read) == held, "each rank reads its own rows and no others"
         assert held < 0.6 * sum(p.numel() for p in net.parameters())
         read.clear()
-    model_file.stored_tensors = opened
+    weights.stored_tensors = opened
     actor.checkpoint_blocks = True
 
     # Two rows a rank, then rank 1 without work: every rank still takes part.

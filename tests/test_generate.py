@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import generate
 from generate import Generator, Rng, inverse_cdf, nucleus, sample
-from model import ModelConfig, build_model, pack_rows, save_model
+from model import ModelConfig, pack_rows
+from weights import build_model, save_model
 
 SHAPE = ModelConfig("qwen2", 64, 32, 48, 2, 4, 2, 8)
 RAGGED = (1, 9, 4, 17, 2, 9, 30, 5)  # lengths of prompts; one has a single token

@@ -14,17 +14,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 import model as model_file
-from model import (
-    ModelConfig,
-    ValueModel,
-    build_model,
-    load_model,
-    load_value_model,
-    pack_rows,
-    save_model,
-    save_value_model,
-    train_tokenizer,
-)
+import weights
+from model import ModelConfig, ValueModel, pack_rows
+from weights import build_model, load_model, load_value_model, save_model, save_value_model, train_tokenizer
 
 ROOT = Path(model_file.__file__).parent
 SIZES = {
@@ -120,7 +112,7 @@ def test_gradients_equal_transformers(variant, tmp_path):
     assert len(expected) == len(list(ours.parameters()))
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(
-            parameter.grad, expected[model_file.hf_name(name)].grad, atol=1e-4, rtol=1e-3, msg=name
+            parameter.grad, expected[weights.hf_name(name)].grad, atol=1e-4, rtol=1e-3, msg=name
         )
 
 
@@ -466,7 +458,7 @@ def test_checkpoints_in_several_files(tmp_path, monkeypatch, tied):
     """Ours loads there, theirs loads here, and a smaller checkpoint over a larger one leaves nothing stale."""
     net = small(tie_word_embeddings=tied)
     with monkeypatch.context() as patch:
-        patch.setattr(model_file, "MAX_FILE_BYTES", 10_000)
+        patch.setattr(weights, "MAX_FILE_BYTES", 10_000)
         save_model(net, tmp_path / "ours")
     assert len(list((tmp_path / "ours").glob("model-*-of-*.safetensors"))) > 3
     tokens = random_tokens(1, 9)
@@ -515,7 +507,7 @@ def test_every_end_id_is_read(tmp_path):
     save_model(small(eos_ids=(2, 7)), tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [2, 7]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 2]}))
-    assert model_file.read_config(tmp_path).eos_ids == (2, 7, 9)
+    assert weights.read_config(tmp_path).eos_ids == (2, 7, 9)
 
 
 def test_equal_seeds_equal_models():

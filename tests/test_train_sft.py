@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,15 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import dist
+import tasks
 import train_sft
+from agent import AgentConfig, format_reply
+from expert import edit_action
+from filters import Filters, keep_steps
 from generate import Generator
-from model import ModelConfig, build_model, load_model
+from model import ModelConfig
 from train_sft import batch_loss, collate, learning_rate, micro_batches, weight_of
+from weights import build_model, load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = [([5, 6, 7], [8, 9]), ([5], [6, 7, 8]), ([1, 2, 3, 4, 5], [9])]
@@ -66,6 +73,106 @@ def test_the_cosine():
     assert rates[0] == pytest.approx(1 / 11) and max(rates) == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_trajectory_is_held_out_with_all_its_copies():
+    rows = [{"index": i, "copy": copy} for i in range(40) for copy in range(3)]
+    held = train_sft.heldout_indices(rows, train_sft.Config(run="x", heldout=0.25))
+    assert len(held) == 10 and held < set(range(40))
+    assert held == train_sft.heldout_indices(rows[::-3], train_sft.Config(run="x", heldout=0.25))
+    assert held != train_sft.heldout_indices(rows, train_sft.Config(run="x", heldout=0.25, seed=1))
+
+
+# --------------------------------------------------------------------------------------------- filters
+
+LINES = AgentConfig(edit_format="lines", thought="short")
+
+
+def an_edit(idea: tasks.Idea, task: str = "m-concrete", thought: str = "") -> dict:
+    script = tasks.load(task).sources()["train.py"]
+    action = edit_action(script, "train.py", idea, LINES)
+    reply = format_reply(replace(action, thought={"Thought": thought or idea.text}), LINES)
+    files = {"train.py": script}
+    return {"action": "Edit Script", "reply": reply, "outcome": "ok_edit", "score": 0.2, "files": files, "undo": {}}
+
+
+FINISH = {"action": "Final Answer", "reply": 'Thought: done\nAction: Final Answer\nAction Input: {"final_answer": "x"}'}
+FINISH |= {"outcome": "final", "score": None, "files": {}, "undo": {}}
+BROKEN = {"action": None, "reply": "hm", "outcome": "invalid_format", "score": None, "files": {}, "undo": {}}
+
+
+def a_row(index: int, *steps: dict, task: str = "m-concrete", **keys) -> dict:
+    row = {"index": index, "copy": 0, "task": task, "steps": list(steps), "end": "final", "initial_score": 0.36}
+    return row | {"final_score": 0.2} | keys
+
+
+def kept(rows: list[dict], **keys) -> tuple[list[list[int]], dict]:
+    return keep_steps(rows, Filters(**keys), LINES, 0)
+
+
+def by_axis(task: str) -> dict[str, list[tasks.Idea]]:
+    """Ideas that change something, by the block that they change."""
+    script, found = tasks.load(task).sources()["train.py"], {axis: [] for axis in tasks.AXES}
+    for idea in tasks.load(task).ideas():
+        if idea.block == idea.axis and tasks.apply_block(script, idea.block, idea.code) != script:
+            found[idea.axis].append(idea)
+    return found
+
+
+def test_by_default_only_what_cannot_be_read_is_left_out():
+    a, b = by_axis("m-concrete")["data"][:2]
+    rows = [a_row(0, an_edit(a), an_edit(a), BROKEN, FINISH), a_row(1, an_edit(b), FINISH, end="internal")]
+    assert kept(rows) == ([[0, 1, 3], [0, 1]], {"unparsable": 1, "episodes": 0})
+    assert kept(rows, unparsable=False) == ([[0, 1, 2, 3], [0, 1]], {"episodes": 0})
+
+
+def test_episodes_are_left_out_whole():
+    a = by_axis("m-concrete")["data"][0]
+    failed = an_edit(a) | {"outcome": "script_error"}
+    best = tasks.load("m-concrete").scale("reward").best
+    rows = [
+        a_row(0, an_edit(a), FINISH, final_score=best),
+        a_row(1, an_edit(a), FINISH, final_score=0.5),  # rmsle: worse than at the start
+        a_row(2, failed, FINISH, final_score=best),
+        a_row(3, an_edit(a), end="truncated", final_score=best),
+    ]
+    assert kept(rows, min_gain=0.5)[0] == [[0, 1], [], [0, 1], [0]]
+    assert kept(rows, need_edit=True) == ([[0, 1], [0, 1], [], [0]], {"unparsable": 0, "episodes": 2})
+    assert kept(rows, ends=("truncated", "minutes"))[0] == [[0, 1], [0, 1], [0, 1], []]
+
+
+def test_the_same_action_is_kept_so_often():
+    a, b = by_axis("m-concrete")["data"][:2]
+    other = by_axis("m-ames")["data"][0]
+    rows = [
+        a_row(0, an_edit(a), an_edit(b), FINISH),
+        a_row(1, an_edit(a, thought="again the same"), FINISH),
+        a_row(2, an_edit(a), an_edit(b), FINISH),
+        a_row(3, an_edit(other, "m-ames"), FINISH, task="m-ames"),
+    ]
+    steps, dropped = kept(rows, max_same=1)
+    assert steps == [[0, 1, 2], [], [], [0, 1]] and dropped["repeated"] == 5
+    assert kept(rows, max_same=2)[0] == [[0, 1, 2], [0, 1], [1], [0, 1]]
+
+
+def test_axes_are_balanced_and_other_actions_stay():
+    ideas = by_axis("m-concrete")
+    pick = [ideas["data"][k % len(ideas["data"])] for k in range(12)] + ideas["model"][:3] + [ideas["learning"][0]] * 5
+    rows = [a_row(i, an_edit(idea), FINISH) for i, idea in enumerate(pick)]
+    steps, dropped = kept(rows, balance_axes=True)
+    axes = Counter(idea.axis for idea, s in zip(pick, steps) if 0 in s)
+    assert axes == {"data": 3, "model": 3, "learning": 3} and dropped["balance"] == 11
+    assert all(1 in s for s in steps)
+    assert steps == kept(rows, balance_axes=True)[0] != keep_steps(rows, Filters(balance_axes=True), LINES, 1)[0]
+
+
+def test_no_task_has_more_than_its_share():
+    a, b = by_axis("m-concrete")["data"][0], by_axis("m-ames")["data"][0]
+    rows = [a_row(i, an_edit(a), FINISH) for i in range(9)] + [a_row(9, an_edit(b, "m-ames"), FINISH, task="m-ames")]
+    steps, dropped = kept(rows, max_per_task=5)
+    assert sum(map(len, steps[:9])) == 5 and steps[9] == [0, 1] and dropped["cap"] == 13
+    with pytest.raises(ValueError, match="max_per_task"):
+        Filters(max_per_task=-1)
 
 
 # ------------------------------------------------------------------------------------------ whole runs
@@ -204,6 +311,7 @@ def test_two_ranks_equal_one(folder, whole):
         ("ok", {"agent.max_prompt_tokens": 5}, "max_prompt_tokens"),
         ("ok", {"model.path": "nowhere"}, "nowhere"),
         ("ok", {"lrr": 1}, "lrr"),
+        ("ok", {"filters.need_edit": "true"}, "leave nothing"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, content, keys, reason):

@@ -1,0 +1,87 @@
+"""What an endpoint has cost a run directory, what its budget leaves, and progress that shows it.
+
+A budget (endpoint.max_usd, max_total_tokens) holds for a directory: the rows in it say what they cost, and a run that
+continues it gets the rest. Only requests under way when a process is killed, and the first tiny one, go uncounted.
+"""
+
+import sys
+import time
+from dataclasses import replace
+
+from tqdm import tqdm
+
+import config
+from client import BudgetSpent, ChatError, Client, Endpoint
+
+TELL_S = 60.0  # between lines of progress where there is no terminal
+
+
+def tokens_of(rows: list[dict]) -> tuple[int, int]:
+    """(prompt, completion) tokens that rows say they cost."""
+    return sum(row.get("prompt_tokens", 0) for row in rows), sum(row.get("completion_tokens", 0) for row in rows)
+
+
+def usd_of(endpoint: Endpoint, tokens: tuple[int, int]) -> float:
+    return (tokens[0] * endpoint.price_in + tokens[1] * endpoint.price_out) / 1e6
+
+
+def connect(endpoint: Endpoint, spent: tuple[int, int]) -> Client:
+    """A client that has answered once and may spend what `spent` leaves of the budget.
+
+    Raises config.UserError with what to fix.
+    """
+    left = {}
+    if endpoint.max_total_tokens is not None:
+        left["max_total_tokens"] = endpoint.max_total_tokens - sum(spent)
+    if endpoint.max_usd is not None:
+        left["max_usd"] = endpoint.max_usd - usd_of(endpoint, spent)
+    for key, value in left.items():
+        if value <= 0:
+            raise config.UserError(
+                f"the budget is spent ({sum(spent)} tokens, {usd_of(endpoint, spent):.4f} USD): to go on, raise "
+                f"collect.endpoint.{key} and run the same command"
+            )
+    client = Client(replace(endpoint, **left))
+    try:
+        client.check()
+    except ChatError as error:
+        client.close()
+        raise config.UserError(f"collect.endpoint: {error}{how_to_go_on(error)}") from None
+    return client
+
+
+def how_to_go_on(error: Exception) -> str:
+    """The end of an error's line. A config.UserError (a coder's) says it itself."""
+    if isinstance(error, config.UserError):
+        return ""
+    if isinstance(error, BudgetSpent):
+        return "; to go on, raise collect.endpoint.max_usd or max_total_tokens and run the same command"
+    return "; the same command goes on"
+
+
+class Progress:
+    """A bar on a terminal, else a line a minute; with tokens and money where an endpoint is paid for them."""
+
+    def __init__(self, name: str, total: int, done: int, client: Client | None):
+        self.name, self.client, self.told = name, client, time.monotonic()
+        self.bar = tqdm(desc=name, total=total, initial=done, disable=None)  # None: off without a terminal
+        self.done = done
+
+    def add(self, count: int) -> None:
+        self.done += count
+        self.bar.update(count)
+        self.bar.set_postfix_str(self.cost(), refresh=False)
+        if self.bar.disable and time.monotonic() - self.told > TELL_S:
+            self.told = time.monotonic()
+            print(", ".join(filter(None, (f"{self.done} of {self.bar.total} {self.name}", self.cost()))), flush=True)
+
+    def cost(self) -> str:
+        if self.client is None:
+            return ""
+        usage = self.client.usage
+        tokens = usage.prompt_tokens + usage.completion_tokens
+        return f"{tokens / 1e3:.0f}k tokens, {usage.usd:.2f} USD, {usage.retries} retries"
+
+    def close(self) -> None:
+        self.bar.close()
+        sys.stderr.flush()
