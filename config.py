@@ -10,7 +10,7 @@ that it declares. Mappings merge key by key; later ones win: defaults, common, s
     train_rl: {steps: 30, agent: {thought: short}}
 
 A script declares its section as a dataclass, whose fields may be dataclasses again. Types of fields:
-int, float, bool, str, Literal[...], tuple[X, ...], tuple[X, Y], list[X], dict, and unions of these.
+int, float, bool, str, Literal[...], tuple[X, ...], tuple[X, Y], list[X], dict, dict[X, Y], and unions of these.
 """
 
 import ast
@@ -145,6 +145,8 @@ def _check(kind, value, where):
         if len(kinds) == len(value):
             items = enumerate(zip(kinds, value))
             return origin(_check(item, v, f"{where}[{i}]") for i, (item, v) in items)
+    elif origin is dict and isinstance(value, dict):
+        return {_check(args[0], k, where): _check(args[1], v, f"{where}.{k}") for k, v in value.items()}
     elif type(value) is kind:
         return value
     quote = "; quote what is text" if "str" in _spell(kind) and value is not None else ""

@@ -1,6 +1,6 @@
 """Processes, FSDP2 and checkpoints. Every collective of the repository is in this file.
 
-    python train_rl.py ...                         one process: plain modules, no process group
+    python train_rl.py ...                         one process; in bf16 (the default on a GPU) a group of one
     torchrun --nproc_per_node 8 train_rl.py ...    one process per GPU (on CPU too, for tests)
     torchrun --nnodes 2 ... train_rl.py ...        the same over nodes that share a file system
 
@@ -171,15 +171,18 @@ def graceful_stop():
 
 
 def shard(model, param_dtype=torch.bfloat16):
-    """COLLECTIVE. Split parameters, gradients and optimiser state over all ranks, in place. For one
-    process a no-op. Create the optimiser afterwards.
+    """COLLECTIVE. Split parameters, gradients and optimiser state over all ranks, in place. For one process
+    that computes in fp32 a no-op. Create the optimiser afterwards.
 
     One unit for each block of `model.layers` (or `model.trunk.layers`), one for all the rest, so that a
     tied embedding and head stay together. Parameters keep their dtype (fp32 masters), compute is in
     param_dtype, gradients are reduced in fp32 and SUMMED over ranks: divide losses by global counts.
     Call model(...), never a submodule or model.forward: the hooks that gather parameters sit there.
     """
-    if world() > 1:
+    if world() == 1 and param_dtype != torch.float32 and not td.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1)  # of one: FSDP2 does the casting
+    if world() > 1 or param_dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
         for block in getattr(model, "trunk", model).layers:
             fully_shard(block, mp_policy=policy)
@@ -191,12 +194,8 @@ def shard(model, param_dtype=torch.bfloat16):
 
 
 def compute_dtype(name, ctx):
-    """The dtype to give to `shard`: "auto" is bf16 on several CUDA processes, else fp32. One process computes in fp32,
-    since nothing casts its fp32 masters: ValueError for "bf16" there.
-    """
-    if name == "bf16" and ctx.world == 1:
-        raise ValueError("dtype = bf16 needs several processes (torchrun): one alone computes in fp32; use dtype=auto")
-    cuda = name == "auto" and ctx.device.type == "cuda" and ctx.world > 1
+    """The dtype to give to `shard`: "auto" is bf16 on CUDA and fp32 on a CPU."""
+    cuda = name == "auto" and ctx.device.type == "cuda"
     return torch.bfloat16 if name == "bf16" or cuda else torch.float32
 
 

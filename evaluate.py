@@ -4,8 +4,9 @@
     python evaluate.py --config configs/tiny.yaml 'models={rl: runs/tiny/rl/step_20}' episodes=16
     torchrun --nproc-per-node 8 evaluate.py --config configs/qwen2.5-7b.yaml    # episodes split over the ranks
 
-Scores use the half of the hidden answers that neither collection nor RL has seen. Writes runs/NAME/eval/:
-one JSON file a model with all its episodes, results.json, results.md (the tables) and results.png.
+Scores use the half of the hidden answers that neither collection nor RL has seen (on the paper's held-out tasks
+all answers, as the benchmarks do). Writes runs/NAME/eval/: one JSON file a model with all its episodes,
+results.json, results.md (the tables) and results.png.
 
     normalised gain   (m - m_init) / (m_best - m_init)      0 is the starter, 1 the best known score
     Delta             beta (m - m_init) / m_init            the paper's; beta = -1 where lower is better
@@ -33,13 +34,13 @@ import dist
 import sandbox
 import tasks
 from agent import AgentConfig, PromptTooLong, state_from_row
-from environment import Environment, Episode, SandboxConfig, initial_state, transition
+from environment import Environment, Episode, SandboxConfig, counted, initial_state, transition
 from expert import ScriptedExpert, draw_ideas
 from generate import Rng
-from model import load_model
 from records import read_jsonl, require_checkpoint
 from reward import Outcome
 from rollout import Policy, RewardConfig, Sampling, describe, reward_of, summarise
+from weights import load_model
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Config:
 def episode_row(task: "tasks.Task", episode: Episode, k: int) -> dict:
     """One episode as JSON: its scores, how it went and every action."""
     scores = [s.after for s in episode.steps if s.after is not None]
-    start = task.initial_score["eval"]
+    start = task.initial_score[counted(task, "eval")]
     best = start
     for score in scores:
         best = score if task.better(score, best) else best
@@ -88,6 +89,7 @@ def episode_row(task: "tasks.Task", episode: Episode, k: int) -> dict:
                 "reply": s.state.messages[-2]["content"],
                 "outcome": s.outcome.value,
                 "score": s.after,
+                "coder": s.coder,
             }
             for s in episode.steps
         ],
@@ -134,14 +136,15 @@ def best_single_idea(name: str, env: Environment, cfg: Config) -> dict:
     task = tasks.load(name)
     script = cfg.agent.script
     source = task.sources()[script]
-    best = {"idea": None, "reward": task.initial_score["reward"], "score": task.initial_score["eval"]}
+    part = counted(task, "eval")
+    best = {"idea": None, "reward": task.initial_score["reward"], "score": task.initial_score[part]}
     ideas = task.ideas()
     files = [{**task.sources(), script: tasks.apply_block(source, i.block, i.code)} for i in ideas]
     with ThreadPoolExecutor(4 * env.workers) as threads:
         runs = list(threads.map(lambda f: env.experiment(task, f, script), files))
     for idea, run in zip(ideas, runs):
         if run.outcome is Outcome.OK_EDIT and task.better(run.scores["reward"], best["reward"]):
-            best = {"idea": idea.text, "reward": run.scores["reward"], "score": run.scores["eval"]}
+            best = {"idea": idea.text, "reward": run.scores["reward"], "score": run.scores[part]}
     return best
 
 
@@ -175,7 +178,8 @@ def summarise_task(task: "tasks.Task", rows: list[dict]) -> dict:
     best = scores[0] if scores else float("nan")
     for score in scores:
         best = score if task.better(score, best) else best
-    gain, error = mean_error([task.gain(s, "eval") for s in scores])
+    part = counted(task, "eval")
+    gain, error = mean_error([task.gain(s, part) for s in scores])
     actions = sum(row["actions"] for row in rows)
     return {
         "k": len(rows),
@@ -183,8 +187,8 @@ def summarise_task(task: "tasks.Task", rows: list[dict]) -> dict:
         "best": best,
         "gain": gain,
         "gain_se": error,
-        "best_gain": task.gain(best, "eval") if rows else float("nan"),
-        "delta": mean_error([task.delta(s, "eval") for s in scores])[0],
+        "best_gain": task.gain(best, part) if rows else float("nan"),
+        "delta": mean_error([task.delta(s, part) for s in scores])[0],
         "valid": sum(row["valid"] for row in rows) / actions if actions else float("nan"),
         "edits": sum(row["edits"] for row in rows) / max(1, len(rows)),
     }
@@ -233,7 +237,8 @@ def to_markdown(results: dict, cfg: Config) -> str:
     if results["best_idea"]:
         cells = []
         for names in (results["heldin"], results["heldout"]):
-            gains = [tasks.load(n).gain(results["best_idea"][n]["score"], "eval") for n in names]
+            scores = [(tasks.load(n), results["best_idea"][n]["score"]) for n in names]
+            gains = [task.gain(score, counted(task, "eval")) for task, score in scores]
             cells.append(f"{np.mean(gains):+.3f}" if gains else "-")
         lines.append(f"| best single idea | {cells[0]} | {cells[1]} | | | | 1 |")
     if results["steps"]:
@@ -326,7 +331,13 @@ def main():
     heldin = list(cfg.tasks or tasks.names("micro", "train"))
     heldout = list(tasks.names("micro", "heldout") if cfg.heldout_tasks is None else cfg.heldout_tasks)
     for name in [*heldin, *heldout]:
-        tasks.load(name).require_prepared()
+        task = tasks.load(name)
+        task.require_prepared()
+        task.scale(counted(task, "eval"))  # a task whose starter was never measured says so here
+    direct = cfg.agent.edit_mode == "direct"
+    references = direct and all(idea.code for name in [*heldin, *heldout] for idea in tasks.load(name).ideas())
+    if not references and (cfg.expert or cfg.best_idea):
+        dist.print0("no reference rows: the scripted expert and the best idea need ideas with code and direct edits")
     models = find_models(cfg)
     out = Path("runs") / cfg.run / cfg.out
     out.mkdir(parents=True, exist_ok=True)
@@ -338,7 +349,7 @@ def main():
     played, steps = {}, {}
     with (
         Environment(cfg.agent, cfg.sandbox, cache, part="eval") as env,
-        Environment(cfg.agent, cfg.sandbox, cache, part="reward") as training_env,
+        Environment(cfg.agent, cfg.sandbox, cache, part="reward", coder=env.coder) as training_env,
     ):
         bar = tqdm(models.items(), desc="evaluate", disable=not (ctx.is_main and sys.stderr.isatty()))
         for name, path in bar:
@@ -371,9 +382,11 @@ def main():
             if "steps" in done:
                 steps[name] = done["steps"]
         if ctx.is_main:
-            if cfg.expert:
+            ideas = {}
+            if cfg.expert and references:
                 played["expert"] = play_expert([*heldin, *heldout], cfg, env)
-            ideas = {n: best_single_idea(n, env, cfg) for n in [*heldin, *heldout]} if cfg.best_idea else {}
+            if cfg.best_idea and references:
+                ideas = {name: best_single_idea(name, env, cfg) for name in [*heldin, *heldout]}
     if ctx.is_main:
         results = make_results(played, ideas, steps, heldin, heldout)
         (out / "results.json").write_text(json.dumps(results, indent=1))

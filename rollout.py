@@ -15,7 +15,7 @@ import numpy as np
 import reward
 import tasks
 from agent import PromptTooLong, State, encode_state
-from environment import Environment, Episode, Transition, run_episodes
+from environment import Environment, Episode, Transition, counted, run_episodes
 from generate import Generator, Rng
 from reward import Outcome
 
@@ -150,7 +150,8 @@ def reward_of(rollout: Rollout, part: str, cfg: RewardConfig) -> float | None:
     if step.outcome is Outcome.INTERNAL:
         return None
     keys = {k: getattr(cfg, k) for k in ("clip", "min_gain", "no_format", "no_corner", "no_performance")}
-    scale = tasks.load(rollout.state.task).scale(part)
+    task = tasks.load(rollout.state.task)
+    scale = task.scale(counted(task, part))
     return reward.compute(step.outcome, step.before, step.after, scale, cfg.name, **keys)
 
 
@@ -178,7 +179,8 @@ def summarise(rows: list[dict]) -> dict:
 
 def describe(rollout: Rollout, value: float | None, part: str) -> dict:
     step = rollout.step
-    scale = tasks.load(rollout.state.task).scale(part)
+    task = tasks.load(rollout.state.task)
+    scale = task.scale(counted(task, part))
     return {
         "task": rollout.state.task,
         "action": step.action.name if step.action else None,

@@ -40,13 +40,15 @@ import dist
 import rl
 import sandbox
 import tasks
-from agent import AgentConfig, PromptTooLong, State, encode_state, state_from_row
+from agent import AgentConfig, PromptTooLong, State, state_from_row
+from batch import Batch, Group, across_episode, episode_bootstrap, per_action, pick
+from client import OPERATION
 from environment import Environment, SandboxConfig, initial_state
 from generate import Rng
-from model import load_model, load_value_model, pack_rows, save_model, save_value_model
 from records import append_rows, claim, read_jsonl, require_checkpoint, truncate_log
 from reward import Outcome
 from rollout import Policy, RewardConfig, Rollout, Sampling, describe, reward_of, summarise
+from weights import load_model, load_value_model, save_model, save_value_model
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Config:
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     micro_batch_tokens: int = 16384  # padded tokens in one forward pass; changes memory and speed alone
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute: bf16 on several GPUs; master weights are fp32
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of compute: bf16 on GPUs; master weights are fp32
     checkpoint_blocks: bool = False  # recompute activations in the backward pass: less memory, slower
     # log and save
     save_every: int = 5
@@ -128,6 +130,11 @@ class Config:
             raise ValueError("own_share is for rollout = step: an episode visits its own states anyway")
 
 
+# Keys that may differ between a run and its continuation: how long, how fast, what is shown.
+MAY_CHANGE = ("steps", "sandbox", "micro_batch_tokens", "checkpoint_blocks", "save_every", "keep_checkpoints")
+MAY_CHANGE += ("eval_every", "eval_states", "transcripts", *(f"agent.coder.{key}" for key in OPERATION))
+
+
 class Laps:
     """Seconds by phase: lap("update") ends a phase that began at the last call."""
 
@@ -137,132 +144,6 @@ class Laps:
     def __call__(self, phase: str):
         now = time.perf_counter()
         self.seconds[phase], self.last = now - self.last, now
-
-
-# ------------------------------------------------------------------------------ rows: what is trained on
-
-
-@dataclass
-class Group:
-    """One training row: a state's prompt, and the n actions that were sampled there."""
-
-    prompt: list[int]
-    actions: list[list[int]]
-    rows: list[int]  # where its actions stand in the [N, T] matrices
-    index: int  # of the state or episode, over all ranks: decides its minibatch
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + sum(map(len, self.actions))
-
-
-def make_groups(rollouts: list[Rollout], n: int) -> list[Group]:
-    return [
-        Group(
-            rollouts[i].prompt,
-            [r.tokens for r in rollouts[i : i + n]],
-            list(range(i, i + n)),
-            rollouts[i].index,
-        )
-        for i in range(0, len(rollouts), n)
-    ]
-
-
-def micro_batches(groups: list[Group], limit: int, n: int) -> list[list[Group]]:
-    """Groups in lists of at most `limit` padded tokens, longest first. COLLECTIVE: every rank gets equally
-    many, the missing ones with a dummy row that has no trained token."""
-    batches: list[list[Group]] = []
-    for group in sorted(groups, key=lambda g: -g.length):
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].length <= limit:
-            batches[-1].append(group)
-        else:
-            batches.append([group])
-    most = int(dist.all_reduce_max(torch.tensor(len(batches))))
-    dummy = Group([0], [[0]] * n, [], -1)
-    return batches + [[dummy]] * (most - len(batches))
-
-
-def pick(matrix: torch.Tensor, batch: list[Group], like: torch.Tensor) -> torch.Tensor:
-    """The rows of an [N, T] matrix that belong to a micro-batch, in the shape of `like`; zeros for a dummy."""
-    rows = [row for group in batch for row in group.rows]
-    return matrix[rows, : like.shape[1]] if rows else torch.zeros_like(like, dtype=matrix.dtype)
-
-
-class Batch:
-    """A step's [N, T] matrices and the forward passes that fill them. T = the longest action here."""
-
-    def __init__(self, rollouts: list[Rollout], cfg: Config, pad: int, device):
-        self.cfg, self.pad, self.device = cfg, pad, device
-        self.groups = make_groups(rollouts, cfg.samples_per_state)
-        self.shape = (len(rollouts), max((len(r.tokens) for r in rollouts), default=1))
-        self.mask = self.zeros(torch.bool)
-        self.sampler_logp = self.zeros()
-        for i, r in enumerate(rollouts):
-            self.mask[i, : len(r.tokens)] = True
-            self.sampler_logp[i, : len(r.tokens)] = torch.tensor(r.logprobs, device=device)
-
-    def zeros(self, dtype=torch.float32) -> torch.Tensor:
-        return torch.zeros(self.shape, dtype=dtype, device=self.device)
-
-    def micro(self, groups: list[Group]):
-        """(batch of groups, packed rows on the device, mask of the tokens that train). COLLECTIVE."""
-        for batch in micro_batches(groups, self.cfg.micro_batch_tokens, self.cfg.samples_per_state):
-            packed = pack_rows([g.prompt for g in batch], [g.actions for g in batch], self.pad)
-            packed = packed.to(self.device)
-            yield batch, packed, pick(self.mask, batch, packed.target_mask)
-
-    def logprobs(self, model, packed):
-        return model(
-            packed.tokens,
-            packed.positions,
-            packed.mask,
-            source_pos=packed.source_pos,
-            targets=packed.targets,
-            target_mask=packed.target_mask,
-            temperature=self.cfg.sampling.temperature,
-        )
-
-    def values(self, critic, packed):
-        return critic(
-            packed.tokens,
-            packed.positions,
-            packed.mask,
-            source_pos=packed.source_pos,
-            target_mask=packed.target_mask,
-        )
-
-    @torch.no_grad()
-    def fill(self, actor, reference, critic):
-        """(old_logp, ref_logp, values), [N, T] each; None for a model that is not there. COLLECTIVE."""
-        models = (actor, reference, critic)
-        out = [None if model is None else self.zeros() for model in models]
-        for batch, packed, mask in self.micro(self.groups):
-            rows = [row for group in batch for row in group.rows]
-            for matrix, model in zip(out, models):
-                if model is None:
-                    continue
-                new = self.values(model, packed) if model is critic else self.logprobs(model, packed)[0]
-                if rows:
-                    # Values also where an action does not train: an episode may need the one before our own failure.
-                    matrix[rows, : new.shape[1]] = new if model is critic else torch.where(mask, new, 0.0)
-        return out
-
-
-def across_episode(matrix: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
-    """[N, T] of single actions -> [E, S * T]: an episode's actions one after the other. `spans` are the
-    episodes' (first, last + 1) rows; S is the longest episode."""
-    longest = max((b - a for a, b in spans), default=1)
-    out = matrix.new_zeros(len(spans), longest, matrix.shape[1])
-    for e, (a, b) in enumerate(spans):
-        out[e, : b - a] = matrix[a:b]
-    return out.flatten(1)
-
-
-def per_action(matrix: torch.Tensor, spans: list[tuple[int, int]], shape) -> torch.Tensor:
-    """The inverse of `across_episode`."""
-    wide = matrix.view(len(spans), -1, shape[1])
-    rows = [wide[e, : b - a] for e, (a, b) in enumerate(spans)]
-    return torch.cat(rows) if rows else matrix.new_zeros(shape)
 
 
 @dataclass
@@ -277,13 +158,15 @@ class Old:
     weights: torch.Tensor | None  # truncated importance sampling
 
 
-def accumulate_gradients(batch: Batch, groups: list[Group], old: Old, models: dict, kl_coef: float) -> dict:
+def accumulate_gradients(
+    batch: Batch, groups: list[Group], old: Old, models: dict, cfg: Config, kl_coef: float
+) -> dict:
     """Gradients of one minibatch's losses, summed over its micro-batches; {model: [stats]}. COLLECTIVE.
 
     Losses are sums over tokens divided by the count of the whole minibatch on all ranks, so that neither the
     micro-batch size nor the number of ranks changes the gradient.
     """
-    cfg, stats = batch.cfg, {name: [] for name in models}
+    stats = {name: [] for name in models}
     mask = batch.mask[[row for g in groups for row in g.rows]]
     counts = (rl.loss_denom(mask, cfg.loss_agg, cfg.agent.max_new_tokens), mask.sum())
     denom, tokens = dist.all_reduce_sum(torch.stack([c.float() for c in counts]))
@@ -383,14 +266,12 @@ def main():
     root = Path("runs") / cfg.run
     out = root / cfg.out
     init = require_checkpoint(cfg.init or str(root / "sft"), "run train_sft.py first, or set init")
-    with config.user_error():
-        compute = dist.compute_dtype(cfg.dtype, ctx)
+    compute = dist.compute_dtype(cfg.dtype, ctx)
     if cfg.states_per_step % ctx.world:
         raise config.UserError(f"states_per_step must be a multiple of {ctx.world} ranks")
     pool = StatePool(read_jsonl(root / "data" / "states.jsonl"), cfg)
     if ctx.is_main:
-        speed = ("steps", "sandbox", "micro_batch_tokens", "checkpoint_blocks", "save_every")
-        claim(out, cfg, ignore=(*speed, "keep_checkpoints", "eval_every", "eval_states", "transcripts"))
+        claim(out, cfg, ignore=MAY_CHANGE)
     dist.barrier()
 
     # Models: the policy, its frozen reference, and a critic of the same size. No dropout anywhere.
@@ -496,7 +377,7 @@ def main():
 
             # 2 Score. Experiments ran while others decoded; what failed through our own fault does not train.
             rewards = [reward_of(r, env.part, cfg.reward) for r in rollouts]
-            batch = Batch(rollouts, cfg, pad, ctx.device)
+            batch = Batch(rollouts, n, cfg.sampling.temperature, cfg.micro_batch_tokens, pad, ctx.device)
             for i, r in enumerate(rollouts):
                 if rewards[i] is None or (cfg.mask_timeouts and r.step.outcome is Outcome.TIMEOUT):
                     batch.mask[i] = False
@@ -520,7 +401,7 @@ def main():
             if critic and cfg.rollout == "step":  # one action, then the rollout is over: no bootstrap
                 advantages, returns = rl.gae(token_rewards, values, batch.mask, cfg.gamma, cfg.lam)
             elif critic:
-                bootstrap = episode_bootstrap(ends, spans, values, batch, critic, policy)
+                bootstrap = episode_bootstrap(ends, spans, batch, values, critic, policy)
                 wide = [across_episode(m, spans) for m in (token_rewards, values, batch.mask)]
                 wide = rl.gae(*wide, cfg.gamma, cfg.lam, bootstrap)
                 advantages, returns = (per_action(m, spans, batch.shape) for m in wide)
@@ -549,7 +430,7 @@ def main():
                 for chosen in np.array_split(order, cfg.minibatches):
                     members = set(chosen.tolist())
                     groups = [g for g in batch.groups if g.index in members]
-                    new_stats = accumulate_gradients(batch, groups, old, trained, kl_control.coef)
+                    new_stats = accumulate_gradients(batch, groups, old, trained, cfg, kl_control.coef)
                     for name, model in trained.items():
                         norms[name].append(dist.clip_grad_norm(model.parameters(), cfg.grad_clip))
                         if not np.isfinite(norms[name][-1]):
@@ -605,25 +486,6 @@ def main():
     dist.close()
 
 
-def episode_bootstrap(episodes, spans, values, batch: Batch, critic, policy: Policy) -> torch.Tensor:
-    """[E]: what follows an episode's last action. V of the next state where steps or minutes cut the episode off; V of
-    the failed action's own state where we failed (nothing is known of what would have followed); else 0. COLLECTIVE.
-    """
-    cut = [
-        e for e, episode in enumerate(episodes) if episode.end in ("steps", "minutes") and policy.fits(episode.state)
-    ]
-    bootstrap = torch.zeros(len(episodes), device=batch.device)
-    groups = [Group(encode_state(episodes[e].state, policy.cfg, policy.tokenizer), [[batch.pad]], [e], e) for e in cut]
-    with torch.no_grad():
-        for group in micro_batches(groups, batch.cfg.micro_batch_tokens, 1):
-            packed = pack_rows([g.prompt for g in group], [g.actions for g in group], batch.pad).to(batch.device)
-            value = batch.values(critic, packed)[:, 0]
-            rows = [row for g in group for row in g.rows]
-            if rows:
-                bootstrap[rows] = value
-    return bootstrap
-
-
 def evaluate(policy: Policy, pool: StatePool, cfg: Config, ctx) -> dict:
     """Mean reward and outcomes on fixed states with fixed random numbers; consumes none of training's."""
     states = pool.draw(0, cfg.eval_states, salt=100)
@@ -643,6 +505,7 @@ def transcript(step: int, rollout: Rollout, value: float | None, policy: Policy)
         "reply": policy.tokenizer.decode(rollout.tokens),
         "outcome": rollout.step.outcome.value,
         "feedback": rollout.step.feedback,
+        "coder": rollout.step.coder,
         "before": rollout.step.before,
         "after": rollout.step.after,
         "reward": value,

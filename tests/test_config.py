@@ -44,6 +44,7 @@ class Config:
     agent: Agent = Agent(thought="short")
     coder: Coder | None = None
     seeds: list[int] = field(default_factory=list)
+    weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.seed < 0:
@@ -75,6 +76,13 @@ def test_defaults_common_section_and_command_line_in_that_order(tmp_path):
     assert cfg.tasks == ("x",)
     assert cfg.agent == Agent(max_steps=1, thought="short")  # not Agent's own default, but Config's
     assert cfg.limits == {"wall_s": 9, "threads": 1}
+
+
+def test_mappings_with_types_are_checked_entry_by_entry(tmp_path):
+    cfg = load(tmp_path, "train: {name: c, weights: {a: 1}}", "weights={b-2: 1e-3}")
+    assert cfg.weights == {"a": 1.0, "b-2": 0.001}
+    assert "weights.b" in refusal(tmp_path, "train: {name: c, weights: {b: x}}")
+    assert "weights" in refusal(tmp_path, "train: {name: c, weights: [a]}")
 
 
 def test_values_are_converted_where_nothing_is_lost_and_nowhere_else(tmp_path):
@@ -197,7 +205,7 @@ def run_script(tmp_path, argument, signum=None):
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.1)
         process.send_signal(signum)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
 

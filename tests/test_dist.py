@@ -99,7 +99,7 @@ def test_one_process_has_no_group_and_plain_modules(tmp_path):
     assert dist.broadcast_object({"a": 1}) == {"a": 1} and dist.gather_objects(3) == [3]
     dist.barrier()
     model = toy()
-    assert dist.shard(model) is model and not any(isinstance(p, DTensor) for p in model.parameters())
+    assert dist.shard(model, torch.float32) is model and not any(isinstance(p, DTensor) for p in model.parameters())
     with dist.gathered(model):
         assert not model(batch()[0])[0].requires_grad
     full = dist.full_state_dict(model)

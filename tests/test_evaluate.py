@@ -83,7 +83,7 @@ def test_models_are_found_by_step_number(tmp_path, monkeypatch):
 
 def test_an_episode_without_a_score_keeps_the_starters():
     task = tasks.load(DOWN)
-    step = type("S", (), {"after": None, "outcome": evaluate.Outcome.FINAL, "state": None})
+    step = type("S", (), {"after": None, "outcome": evaluate.Outcome.FINAL, "state": None, "coder": []})
     state = type("State", (), {"messages": [{"content": "r"}, {"content": "o"}]})
     step.state = state
     episode = type("E", (), {"steps": [step], "end": "final"})

@@ -1,65 +1,22 @@
 """The RL script: rows, the state pool, and whole runs (resume, two ranks) in fresh processes."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import tasks
 import train_rl
-from agent import AgentConfig, State
+from agent import AgentConfig
 from config import UserError
-from model import ModelConfig, build_model, save_model, train_tokenizer
-from train_rl import Config, Group, StatePool, across_episode, micro_batches, per_action
-
-ROOT = Path(__file__).resolve().parent.parent
-NAME = "m-concrete"
-
-
-def make_state(i: int, text: str = "x = 1\n") -> dict:
-    message = {"role": "user", "content": f"task {i}\nvalidation rmsle 0.3{i}"}
-    state = State(NAME, [message], {"train.py": text}, 0.3, 0, {}, "expert", f"{i}.0.0")
-    return state.to_row() | {"action": "Edit Script" if i % 2 else "Final Answer"}
-
-
-def group(length: int, index: int = 0, row: int = 0) -> Group:
-    return Group([1] * (length - 2), [[2, 3]], [row], index)
-
-
-@pytest.mark.parametrize("limit", [1, 20, 64, 10_000])
-def test_micro_batches_keep_every_group_within_the_limit(limit):
-    groups = [group(int(n), i) for i, n in enumerate(np.random.default_rng(0).integers(3, 30, 17))]
-    batches = micro_batches(groups, limit, 1)
-    assert sorted(g.index for b in batches for g in b) == list(range(17))
-    assert all(len(b) == 1 or len(b) * max(g.length for g in b) <= limit for b in batches)
-
-
-def test_a_rank_without_work_gets_a_dummy(monkeypatch):
-    monkeypatch.setattr(train_rl.dist, "all_reduce_max", lambda t: torch.tensor(3))
-    batches = micro_batches([group(5)], 100, 2)
-    assert len(batches) == 3
-    assert batches[2][0].rows == [] and batches[2][0].actions == [[0], [0]]
-
-
-def test_episodes_are_joined_and_split():
-    spans = [(0, 2), (2, 3), (3, 6)]
-    matrix = torch.arange(12.0).view(6, 2)
-    wide = across_episode(matrix, spans)
-    assert wide.shape == (3, 6)
-    assert wide[0].tolist() == [0, 1, 2, 3, 0, 0] and wide[2].tolist() == [6, 7, 8, 9, 10, 11]
-    assert torch.equal(per_action(wide, spans, (6, 2)), matrix)
+from run_kit import NAME, make_run, make_state, metrics, need, train, weights
+from train_rl import Config, StatePool
 
 
 @pytest.fixture
 def prepared():
-    if not tasks.load(NAME).is_prepared():
-        pytest.skip("the micro tasks are not prepared: run `make data`")
+    need(NAME)
 
 
 def pool(rows, **keys) -> StatePool:
@@ -102,75 +59,14 @@ def test_impossible_combinations_are_refused(keys, reason):
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """A run with a random model and a pool of states: enough for every line of the loop to execute."""
-    if not tasks.load(NAME).is_prepared():
-        pytest.skip("the micro tasks are not prepared: run `make data`")
+    need(NAME)
     folder = tmp_path_factory.mktemp("rl")
-    rows = [make_state(i, f"x = {i}\n" * (1 + i % 4)) for i in range(8)]
-    data = folder / "runs" / "t" / "data"
-    data.mkdir(parents=True)
-    (data / "states.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    texts = ["\n".join([r["messages"][0]["content"], r["files"]["train.py"], "Action: Final Answer"]) for r in rows]
-    tokenizer = train_tokenizer(texts, 300)
-    shape = ModelConfig("qwen2", len(tokenizer), 32, 64, 2, 2, 1, 16, tie_word_embeddings=True)
-    save_model(build_model(shape, 0), folder / "runs" / "t" / "sft", tokenizer=tokenizer)
+    make_run(folder)
     other = folder / "sliding"  # a model that this decoder does not cover
     shutil.copytree(folder / "runs" / "t" / "sft", other)
     hf = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(hf | {"use_sliding_window": True}))
     return folder
-
-
-BASE = {
-    "states_per_step": 4,
-    "save_every": 2,
-    "epochs": 2,
-    "minibatches": 2,
-    "actor_lr": "1e-3",
-    "critic_lr": "1e-3",
-    "whiten": "false",
-    "kl_coef": 0.05,
-    "lam": 0.9,
-    "agent.prompt": "brief",
-    "agent.thought": "short",
-    "agent.edit_format": "lines",
-    "agent.max_new_tokens": 6,
-    "agent.max_prompt_tokens": 200,
-    "sandbox.allow_weak": "true",
-    "sandbox.workers": 1,
-    "sandbox.preload": "[]",
-}
-
-
-def train(folder: Path, out: str, ranks: int = 1, code: int = 0, **keys) -> subprocess.CompletedProcess:
-    keys = {"run": "t", "out": out, **BASE, **keys}
-    section = {"train_rl": {}}
-    (folder / "c.yaml").write_text(json.dumps(section))
-    args = [str(ROOT / "train_rl.py"), "--config", str(folder / "c.yaml"), *(f"{k}={v}" for k, v in keys.items())]
-    launch = [sys.executable]
-    if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ML_AGENT_DATA": str(tasks.DATA), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(launch + args, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stderr[-3000:]
-    return done
-
-
-def metrics(folder: Path, out: str) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "runs" / "t" / out / "metrics.jsonl").read_text().splitlines()]
-    drop = ("seconds", "tokens_per_s", "experiment_s", "cache_hits")
-    return [{k: v for k, v in row.items() if k not in drop} for row in rows]
-
-
-def weights(folder: Path, out: str, step: int) -> dict:
-    from safetensors.torch import load_file
-
-    path = folder / "runs" / "t" / out / f"step_{step}"
-    tensors = load_file(path / "model.safetensors")
-    critic = path / "critic"
-    if critic.exists():
-        for file in sorted(critic.glob("*.safetensors")):
-            tensors |= {f"{file.name}:{k}": v for k, v in load_file(file).items()}
-    return tensors
 
 
 def test_four_steps_equal_two_plus_resume_plus_two_bit_for_bit(run_dir):
@@ -210,6 +106,21 @@ def test_one_rank_equals_two(run_dir):
     assert "2 process" in error
 
 
+def test_one_process_in_bf16_keeps_fp32_masters_and_resumes_bit_for_bit(run_dir):
+    train(run_dir, "bf16", steps=2, dtype="bf16")
+    train(run_dir, "bf16_halves", steps=1, dtype="bf16")
+    train(run_dir, "bf16_halves", steps=2, dtype="bf16")
+    one, two = weights(run_dir, "bf16", 2), weights(run_dir, "bf16_halves", 2)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert {t.dtype for t in one.values()} == {torch.float32}
+    train(run_dir, "fp32", steps=2)
+    exact, rounded = metrics(run_dir, "fp32")[0], metrics(run_dir, "bf16")[0]
+    assert rounded["ratio_first"] == pytest.approx(1, abs=1e-3)
+    assert abs(rounded["mismatch_kl"]) < 1e-2, "sampler and trainer compute in bf16, and nearly agree"
+    assert rounded["entropy"] != exact["entropy"], "it is bf16"
+    assert rounded["entropy"] == pytest.approx(exact["entropy"], rel=0.02)
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -245,7 +156,6 @@ def close_or_none(one: dict, two: dict) -> float:
         ({"steps": "many"}, "steps"),
         ({"agent.max_prompt_tokens": 3}, "max_prompt_tokens"),
         ({"run": "other"}, "other"),
-        ({"dtype": "bf16"}, "several processes"),
         ({"init": "sliding"}, "sliding-window"),
     ],
 )
