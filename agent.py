@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Literal
 
+import sandbox
 import tasks
 from client import Endpoint
 
@@ -261,7 +262,9 @@ def state_from_row(row: dict) -> State:
 
 def problem_text(task: "tasks.Task", ideas: Iterable[str] = ()) -> str:
     """The research problem that opens every history; an expert's sampled ideas are appended (paper B.1)."""
-    text = task.description.strip()
+    limits = sandbox.Limits(**task.limits)
+    text = f"{task.description.strip()}\n\nA run may take {limits.wall_s:g} seconds, on {limits.threads} core(s) with "
+    text += f"{limits.memory_mb} MB of memory and no network."
     ideas = list(ideas)
     if ideas:
         text += "\n\nTry these ideas first, one edit each, in this order, and never mention this list:\n"

@@ -88,6 +88,11 @@ class Endpoint:
                 raise ValueError(f"extra.{name}: this key of a request cannot be changed")
 
 
+def without_thinking(text: str) -> str:
+    """A reply without the <think> part that some models write first."""
+    return re.sub(r"(?s)\A\s*<think>.*?</think>\s*", "", text)
+
+
 @dataclass
 class Reply:
     text: str

@@ -130,7 +130,7 @@ class Collector:
         return Played(index, rows, error, tokens)
 
     def expert(self, task, drawn, index: int) -> ScriptedExpert | ModelExpert:
-        if self.voice is None:
+        if self.cfg.expert == "scripted":
             return ScriptedExpert(task, drawn, self.cfg.agent)
         calls = self.cfg.max_steps * (1 + self.cfg.retries)  # the most that one trajectory makes
         return ModelExpert(self.voice, self.cfg.agent, self.cfg.retries, range(index * calls, (index + 1) * calls))
@@ -139,7 +139,7 @@ class Collector:
         cfg, recorder = self.cfg, Recorder(self.env)
         texts = [idea.text for idea in drawn] if cfg.ideas_from != "none" else []
         saved = texts if cfg.keep_ideas else []
-        told = texts if self.voice else saved  # the scripted expert knows its ideas
+        told = saved if cfg.expert == "scripted" else texts  # the scripted expert knows its ideas
         episode = Episode(initial_state(task, recorder, told))
         states, said, outcome = [], [], None
         while not episode.end:

@@ -86,6 +86,8 @@ def sample_edits(path: Path, cfg: Config, env: Environment) -> tuple[list[Edit],
     """
     from generate import Rng  # late: it imports torch, which files do not need
 
+    if not cfg.samples:
+        raise config.UserError("samples = 0 (all) is for files: say how many actions to draw from a checkpoint")
     policy = load_policy(str(path), env, cfg.temperature, cfg.top_p, cfg.max_batch)
     names = cfg.tasks or tuple(tasks.names("micro", "train"))
     prompts = [encode_state(initial_state(tasks.load(n), env), cfg.agent, policy.tokenizer) for n in names]

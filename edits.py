@@ -41,6 +41,8 @@ def edits_of(task: str, steps: list[dict], cfg: AgentConfig) -> list[Edit]:
             files = {**files, path: undo[path].pop()}
         if action.name != "Edit Script" or path not in files:
             continue
+        if step.get("outcome") in ("coder_failed", "invalid_action"):
+            continue  # nothing changed
         text, after = action.thought.get("Thought", ""), files[path]
         if cfg.edit_mode == "instruct":
             text = action.args["edit_instruction"]

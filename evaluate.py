@@ -27,7 +27,6 @@ from typing import Literal
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import config
 import dist
@@ -40,7 +39,7 @@ from generate import Rng
 from records import read_jsonl, require_checkpoint
 from reward import Outcome
 from rollout import Policy, RewardConfig, Sampling, describe, reward_of, summarise
-from weights import load_model
+from weights import load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ def to_markdown(results: dict, cfg: Config) -> str:
         for name in names:
             task = tasks.load(name)
             arrow = "↓" if task.lower_is_better else "↑"
-            cells = [name, f"{task.metric} {arrow}", f"{task.initial_score['eval']:.4g}"]
+            cells = [name, f"{task.metric} {arrow}", f"{task.initial_score[counted(task, 'eval')]:.4g}"]
             for model in models.values():
                 s = model["tasks"][name]
                 cells += [f"{s['avg']:.4g} / {s['best']:.4g}", f"{s['gain']:+.2f} ± {s['gain_se']:.2f}"]
@@ -362,8 +361,8 @@ def main():
                 or done.get("path") != path
                 or done.get("settings") != json.loads(json.dumps(settings))
             ):
-                tokenizer = AutoTokenizer.from_pretrained(path)
                 with config.user_error():
+                    tokenizer = load_tokenizer(path)
                     model = load_model(path, torch.bfloat16 if bf16 else torch.float32, ctx.device)
                 model.valid_vocab = len(tokenizer)
                 with torch.no_grad():

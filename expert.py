@@ -32,10 +32,8 @@ from agent import (
     parse_reply,
     render,
 )
-from client import Client, estimate_tokens
+from client import Client, estimate_tokens, without_thinking
 from reward import Outcome
-
-AXES = ("data", "model", "learning")
 
 
 def draw_ideas(
@@ -43,8 +41,8 @@ def draw_ideas(
 ) -> list["tasks.Idea"]:
     """One idea from each of 1-3 axes, in random order (paper B.1); of `ideas`, or of the task's own."""
     ideas = task.ideas() if ideas is None else ideas
-    pools = {axis: [idea for idea in ideas if idea.axis == axis] for axis in AXES}
-    filled = [axis for axis in AXES if pools[axis]]
+    pools = {axis: [idea for idea in ideas if idea.axis == axis] for axis in tasks.AXES}
+    filled = [axis for axis in tasks.AXES if pools[axis]]
     axes = rng.permutation(filled)[: rng.integers(1, len(filled) + 1)]
     return [pools[axis][rng.integers(len(pools[axis]))] for axis in axes]
 
@@ -82,7 +80,8 @@ def habits(ideas: list["tasks.Idea"]) -> list["tasks.Idea"]:
 
     A stand-in, for comparisons, for what an LLM does without ideas: it falls back on the same few edits.
     """
-    return [next(idea for idea in ideas if idea.axis == axis) for axis in AXES if any(i.axis == axis for i in ideas)]
+    first = {idea.axis: idea for idea in reversed(ideas)}
+    return [first[axis] for axis in tasks.AXES if axis in first]
 
 
 class ScriptedExpert:
@@ -182,7 +181,7 @@ class ModelExpert:
                 return Said(refused[-1]["reply"], spoken.cut, refused[:-1])  # no room to be asked again
             self.prompt_tokens += spoken.prompt_tokens
             self.completion_tokens += spoken.completion_tokens
-            text = re.sub(r"(?s)\A\s*<think>.*?</think>\s*", "", spoken.text)  # of models that think aloud first
+            text = without_thinking(spoken.text)
             try:
                 if spoken.cut:
                     raise InvalidFormat("it was cut off: be shorter")
@@ -244,15 +243,14 @@ def load_policy(path: str, env, temperature: float, top_p: float, max_batch: int
     Raises config.UserError for a model that is not covered.
     """
     import torch  # late: the other experts do not need it
-    from transformers import AutoTokenizer
 
     from rollout import Policy, Sampling
-    from weights import load_model
+    from weights import load_model, load_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = dtype == "bf16" or (dtype == "auto" and device == "cuda")
-    tokenizer = AutoTokenizer.from_pretrained(path)
     with config.user_error():
+        tokenizer = load_tokenizer(path)
         model = load_model(path, torch.bfloat16 if half else torch.float32, device)
     model.valid_vocab = len(tokenizer)
     return Policy(model, tokenizer, env, Sampling(temperature, top_p, max_batch))
@@ -293,7 +291,7 @@ class LocalVoice:
                 try:
                     prompt = encode_state(state, self.policy.cfg, self.policy.tokenizer)
                     ready.append((prompt, number, future))
-                except PromptTooLong as error:
+                except Exception as error:  # PromptTooLong, or a chat template that fails: the one who asked must know
                     future.set_exception(error)
             try:
                 if self.closed:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import config
 import tasks
 from agent import AgentConfig, InvalidAction, InvalidFormat, parse_reply
 from edits import axis_of, edits_of
@@ -69,7 +70,10 @@ def keep_steps(rows: list[dict], cfg: Filters, agent: AgentConfig, seed: int) ->
             for edit in edits_of(row["task"], row["steps"], agent):
                 if (r, edit.step) in left and (axis := axis_of(edit)):
                     axes[axis].append((r, edit.step))
-        rarest = min((len(axes[axis]) for axis in tasks.AXES), default=0)
+        rarest = min(len(axes[axis]) for axis in tasks.AXES)
+        if rarest == 0:
+            missing = next(axis for axis in tasks.AXES if not axes[axis])
+            raise config.UserError(f"filters.balance_axes: there is no edit on the axis {missing}; set it to false")
         drop("balance", [pair for axis in tasks.AXES for pair in _at_random(axes[axis], rarest, rng)])
     if cfg.max_per_task:
         by_task = defaultdict(list)

@@ -29,7 +29,7 @@ import yaml
 
 import config
 import tasks
-from client import ChatError, Client
+from client import ChatError, Client, without_thinking
 from records import append_rows, claim, read_jsonl
 from spend import Progress, connect, how_to_go_on, tokens_of, usd_of
 
@@ -283,7 +283,7 @@ def ask(client: Client, prompt: str) -> tuple[list[str], dict]:
         try:
             if reply.finish == "length":
                 raise ValueError("it was cut off: propose fewer or shorter ideas")
-            return parse_ideas(reply.text), spent | {"failures": failures}
+            return parse_ideas(without_thinking(reply.text)), spent | {"failures": failures}
         except ValueError as error:
             failures.append(str(error))
             again = (

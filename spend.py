@@ -1,7 +1,8 @@
 """What an endpoint has cost a run directory, what its budget leaves, and progress that shows it.
 
 A budget (endpoint.max_usd, max_total_tokens) holds for a directory: the rows in it say what they cost, and a run that
-continues it gets the rest. Only requests under way when a process is killed, and the first tiny one, go uncounted.
+continues it gets the rest. What episodes that were under way when a process ended had used, and the first tiny
+request of each start, go uncounted.
 """
 
 import sys

@@ -33,7 +33,6 @@ from typing import Literal
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import config
 import dist
@@ -48,7 +47,7 @@ from generate import Rng
 from records import append_rows, claim, read_jsonl, require_checkpoint, truncate_log
 from reward import Outcome
 from rollout import Policy, RewardConfig, Rollout, Sampling, describe, reward_of, summarise
-from weights import load_model, load_value_model, save_model, save_value_model
+from weights import load_model, load_tokenizer, load_value_model, save_model, save_value_model
 
 
 @dataclass(frozen=True)
@@ -275,7 +274,8 @@ def main():
     dist.barrier()
 
     # Models: the policy, its frozen reference, and a critic of the same size. No dropout anywhere.
-    tokenizer = AutoTokenizer.from_pretrained(init)
+    with config.user_error():
+        tokenizer = load_tokenizer(init)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     def shard(model):

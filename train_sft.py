@@ -25,7 +25,6 @@ from typing import Literal
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import config
 import dist
@@ -34,7 +33,7 @@ from agent import AgentConfig, PromptTooLong, encode_state, encode_text, render
 from filters import Filters, keep_steps
 from model import ModelConfig
 from records import append_rows, claim, read_jsonl, require_checkpoint, states_of, truncate_log
-from weights import build_model, load_model, save_model, train_tokenizer
+from weights import build_model, load_model, load_tokenizer, save_model, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def starting_model(cfg: Config, chosen: Chosen, ctx):
 
     if cfg.model.path:
         require_checkpoint(cfg.model.path, "give a Hugging Face directory or hub id as model.path")
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+        tokenizer = load_tokenizer(cfg.model.path)
         return load_model(cfg.model.path, torch.float32, ctx.device, shard), tokenizer
     spec = cfg.model
     tokenizer = train_tokenizer(texts_of(chosen, cfg), spec.vocab_size)

@@ -65,7 +65,28 @@ def find_checkpoint(path: str | Path) -> Path:
         raise ValueError(f"{path} is neither a directory nor a hub id like Qwen/Qwen2.5-0.5B-Instruct")
     from huggingface_hub import snapshot_download  # only needed for hub ids
 
-    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except Exception as error:  # of the hub or the network, of many types
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: not downloaded ({reason}): check the name, or the network") from None
+
+
+def load_tokenizer(path: str | Path):
+    """The tokenizer of a directory or hub id, as transformers loads it.
+
+    Raises ValueError when there is none, or none with a chat template: every prompt here is a chat.
+    """
+    from transformers import AutoTokenizer  # only needed where there is text
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: no tokenizer ({reason}): check the name, or the network") from None
+    if not tokenizer.chat_template:
+        raise ValueError(f"{path}: the tokenizer has no chat template: give an instruct model")
+    return tokenizer
 
 
 def read_config(path: str | Path) -> ModelConfig:

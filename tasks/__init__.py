@@ -170,10 +170,18 @@ class Task:
         return manifest is not None and manifest["recipe"] == _recipe(self)
 
     def require_prepared(self) -> None:
-        """TaskError unless an agent can work on the task: data, packages and an initial score."""
+        """TaskError unless an agent can work on the task: data, packages, and the score of its own starter.
+
+        A score from elsewhere, another script's, would make every gain and every reward wrong.
+        """
         self.require_data()
         self.require_packages()
         self.scale()
+        if self.initial_source != "measured":
+            raise TaskError(
+                f"{self.name}: the initial score is another script's ({self.initial_source}); "
+                f"run: python -m tasks measure {self.name} --write"
+            )
 
     def require_data(self) -> None:
         if not self.is_prepared():

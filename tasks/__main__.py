@@ -74,10 +74,17 @@ def to_do(task: tasks.Task) -> str:
 
 
 def prepare(args) -> int:
-    for name in expand(args.names):
-        manifest = tasks.prepare(name, args.raw)
-        print(f"{name}: {len(manifest['files'])} files, fingerprint {manifest['fingerprint'][:12]}")
-    return 0
+    names, failed = expand(args.names), False
+    if args.raw and len(names) > 1:
+        raise tasks.TaskError("--raw is one task's: name one task")
+    for name in names:
+        try:
+            manifest = tasks.prepare(name, args.raw)
+            print(f"{name}: {len(manifest['files'])} files, fingerprint {manifest['fingerprint'][:12]}")
+        except tasks.TaskError as error:  # the others may have their files
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            failed = True
+    return 2 if failed else 0
 
 
 def score_file(args) -> int:

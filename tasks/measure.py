@@ -163,7 +163,8 @@ def measure(name: str, pool, combinations: bool = True, log=print) -> dict:
     script, ideas = task.sources()["train.py"], [idea for idea in task.ideas() if idea.code is not None]
     starter = run(task, script, pool)
     if starter.scores is None:
-        raise tasks.TaskError(f"{name}: the starter fails ({starter.reason}): {starter.output}")
+        last = " ".join(starter.output.strip().splitlines()[-1:])
+        raise tasks.TaskError(f"{name}: the starter fails ({starter.reason}) {last}")
     noise = standard_error(task, starter.submission)
     log(f"{name}: starter {starter.scores['all']:.5g} +- {noise:.2g} ({starter.seconds:.2f} s)")
     if not ideas:

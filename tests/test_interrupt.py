@@ -37,12 +37,19 @@ def one_line(errors: str) -> str:
     return " ".join(kept)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_reinforcement_learning_goes_on_where_it_stopped(tmp_path, signum):
-    folder = make_run(tmp_path)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with four steps of RL, uninterrupted."""
+    folder = make_run(tmp_path_factory.mktemp("rl"))
     train(folder, "whole", steps=4)
-    log = folder / "runs" / "t" / "rl" / "metrics.jsonl"
-    words = command(folder, "train_rl.py", run="t", out="rl", steps=400, **RL)
+    return folder
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_reinforcement_learning_goes_on_where_it_stopped(trained, signum):
+    folder, out = trained, f"stopped_{int(signum)}"
+    log = folder / "runs" / "t" / out / "metrics.jsonl"
+    words = command(folder, "train_rl.py", run="t", out=out, steps=400, **RL)
     code, errors = interrupt(words, signum, lambda: lines_of(log) >= 1)
     assert code == (-signum if signum == signal.SIGKILL else 128 + signum), errors
     saved = [int(p.name[5:]) for p in log.parent.glob("step_*") if (p / "checkpoint.json").exists()]
@@ -51,9 +58,9 @@ def test_reinforcement_learning_goes_on_where_it_stopped(tmp_path, signum):
         assert max(saved) == lines_of(log), "what was done is saved"
     if max(saved) > 4:
         pytest.skip("it ran too far before the signal came to compare")
-    train(folder, "rl", steps=4)
-    assert metrics(folder, "rl")[:4] == metrics(folder, "whole")
-    one, two = weights(folder, "whole", 4), weights(folder, "rl", 4)
+    train(folder, out, steps=4)
+    assert metrics(folder, out)[:4] == metrics(folder, "whole")
+    one, two = weights(folder, "whole", 4), weights(folder, out, 4)
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
@@ -116,7 +123,6 @@ def test_no_process_of_the_sandbox_outlives_its_script(collected, tmp_path):
     """After Ctrl-C and after SIGKILL alike: monitors notice that their script is gone."""
     mark = f"ML_AGENT_MARK={os.getpid()}_{time.monotonic_ns()}"
     for signum in (signal.SIGINT, signal.SIGKILL):
-        log = tmp_path / "runs" / f"s{signum}" / "data" / "trajectories.jsonl"
         words = command(tmp_path, "collect.py", run=f"s{int(signum)}", trajectories=300, **COLLECT)
         log = tmp_path / "runs" / f"s{int(signum)}" / "data" / "trajectories.jsonl"
         words["env"] = words["env"] | dict([mark.split("=")])

@@ -22,7 +22,7 @@ import tasks
 
 NAME = "m-concrete"
 TASK = tasks.load(NAME)
-LIMITS = sandbox.Limits(wall_s=6, memory_mb=600, disk_mb=24, file_mb=16, output_kb=16)
+LIMITS = sandbox.Limits(wall_s=20, memory_mb=600, disk_mb=24, file_mb=16, output_kb=16)
 pytestmark = pytest.mark.skipif(not TASK.is_prepared(), reason="the micro tasks are not prepared: run `make data`")
 
 BASELINE = f"REPOSITORY = {str(kit.ROOT)!r}" + """
