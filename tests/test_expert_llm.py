@@ -217,11 +217,25 @@ def test_ideas_may_stay_in_the_text_or_not_be_told_at_all(run):
     assert [row["ideas"] for row in without] == [[], [], []]
 
 
-def test_ideas_of_the_run_are_drawn_from_what_was_chosen(run):
-    folder = run.folder.parent / "ideas"
+def write_ideas(folder) -> list[dict]:
     folder.mkdir(parents=True)
-    entries = [{"axis": axis, "text": f"text {k} of {axis}"} for axis in expert.AXES for k in range(3)]
+    entries = [{"axis": axis, "text": f"text {k} of {axis}"} for axis in tasks.AXES for k in range(3)]
     (folder / f"{NAME}.yaml").write_text(yaml.safe_dump({"ideas": entries}))
+    return entries
+
+
+def test_a_finished_collection_may_be_run_again_and_writes_its_states(run):
+    write_ideas(run.folder.parent / "ideas")
+    rows = run(ideas_from="run", trajectories=2)
+    asked = len(run.server.requests)
+    (run.folder / "states.jsonl").unlink()
+    assert run(ideas_from="run", trajectories=2) == rows
+    assert len(run.server.requests) == asked, "nothing is asked"
+    assert len(records.read_jsonl(run.folder / "states.jsonl")) == sum(len(row["steps"]) for row in rows)
+
+
+def test_ideas_of_the_run_are_drawn_from_what_was_chosen(run):
+    entries = write_ideas(run.folder.parent / "ideas")
     rows = run(ideas_from="run")
     drawn = {i["text"] for row in rows for i in row["ideas"]}
     assert drawn <= {e["text"] for e in entries} and len(drawn) > 5
