@@ -41,7 +41,7 @@ SMALL = ModelConfig("qwen2", 1024, 128, 384, 4, 4, 2, 32, tie_word_embeddings=Tr
 def check(device: str) -> dict:
     """The GPU tests in a process of their own."""
     env = os.environ | {"ML_AGENT_TEST_DEVICE": device}
-    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "tests"]
+    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "tests"]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
     print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
     lines = done.stdout.strip().splitlines()
