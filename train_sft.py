@@ -75,6 +75,10 @@ class Config:
             raise ValueError(f"heldout = {self.heldout}: a share of the trajectories, below 1")
 
 
+# Keys that may differ between a run and its continuation; no coder speaks in fine-tuning.
+MAY_CHANGE = ("micro_batch_tokens", "save_every", "eval_every", "checkpoint_blocks", "agent.coder")
+
+
 # ---------------------------------------------------------------------------------------------- data
 
 
@@ -224,7 +228,7 @@ def main():
     if not rows:
         raise config.UserError(f"{data} is empty: run collect.py first")
     if ctx.is_main:
-        claim(out, cfg, ignore=("micro_batch_tokens", "save_every", "eval_every", "checkpoint_blocks"))
+        claim(out, cfg, ignore=MAY_CHANGE)
     dist.barrier()
     if (out / "config.json").exists():  # written last
         dist.print0(f"{out} is finished already; remove it to train again")
