@@ -105,9 +105,9 @@ class Task:
     initial_source: str  # "measured", or where else the initial score is from
     best_score: float  # on all answers
     best_source: str
-    noise: float  # bootstrap standard error of the best score
+    noise: float  # bootstrap standard error of the best score on all answers
     limits: dict  # keys of sandbox.Limits
-    source: dict  # command: how to get the raw files; files: path in raw -> sha256 or None
+    source: dict  # command: how to get the raw files; files: path in raw -> sha256 or None; unpacked: see _raw_file
     requires: dict  # import name -> pip name of packages that this task alone needs
     starter: str  # the file that an agent gets as train.py
     dir: Path
@@ -163,6 +163,10 @@ class Task:
         """What `prepare` wrote: recipe, fingerprint, files; None when there is nothing."""
         path = DATA / self.name / "manifest.json"
         return _parse_manifest(path, path.stat().st_mtime_ns) if path.exists() else None
+
+    def download(self) -> str:
+        """The command that gets the raw files to where `prepare` looks for them."""
+        return self.source["command"].replace("data/raw", os.path.relpath(DATA / "raw"))
 
     def is_prepared(self) -> bool:
         """Whether data are there and were made by the prepare.py of today."""
@@ -254,7 +258,8 @@ class Task:
         initial = self.initial_score[part]
         if not self.better(self.best_score, initial):
             raise TaskError(f"{self.name}: the best score must beat the initial one ({initial}); correct its task.yaml")
-        return Scale(initial, self.best_score, self.noise, self.lower_is_better)
+        noise = self.noise * (1 if part == "all" else math.sqrt(2))  # half the answers
+        return Scale(initial, self.best_score, noise, self.lower_is_better)
 
 
 # --- load ---
@@ -349,7 +354,7 @@ def prepare(name: str, raw: Path | None = None) -> dict:
             _prepare_function(task)(raw, new / "public", new / "private")
             _check_answers(task, new / "private" / "answers.csv")
         except TaskError as error:  # of the raw files, whatever it is
-            raise TaskError(f"{name}: {error}; run: {task.source['command']}") from error
+            raise TaskError(f"{name}: {error}; run: {task.download()}") from error
         files = {str(path.relative_to(new)): sha256(path) for path in sorted(new.rglob("*")) if path.is_file()}
         fingerprint = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         manifest = {"recipe": _recipe(task), "fingerprint": fingerprint, "files": files}
@@ -367,8 +372,8 @@ def _raw_folder(task: Task, raw: Path | None, scratch: Path) -> Path:
     if raw is None:
         raw = DATA / "packages" if task.suite == "micro" else DATA / "raw" / task.dir.name
     archives = [raw, raw / f"{task.dir.name}.zip", Path(f"{raw}.zip")]
-    files = task.source["files"]
-    if not any(_raw_file(raw, file) for file in files):
+    files, unpacked = task.source["files"], task.source.get("unpacked", {})
+    if not any(_raw_file(raw, file, unpacked) for file in files):
         archive = next((path for path in archives if path.is_file()), None)
         if archive and archive.name in files:
             raw = archive.parent
@@ -378,7 +383,7 @@ def _raw_folder(task: Task, raw: Path | None, scratch: Path) -> Path:
             reading.unpack(archive, scratch)
             raw = scratch
     for file, digest in files.items():
-        path = _raw_file(raw, file)
+        path = _raw_file(raw, file, unpacked)
         if path is None:
             raise TaskError(f"needs {(archive if raw == scratch else raw) / file}")
         if digest is not None and sha256(path) != digest:
@@ -386,10 +391,12 @@ def _raw_folder(task: Task, raw: Path | None, scratch: Path) -> Path:
     return raw
 
 
-def _raw_file(raw: Path, file: str) -> Path | None:
-    """raw/file, packed or unpacked: `train.csv` stands for train.csv.zip, and the other way round."""
+def _raw_file(raw: Path, file: str, unpacked: dict[str, str]) -> Path | None:
+    """raw/file, packed or unpacked: `train.csv` stands for train.csv.zip, and the other way round. `unpacked` names
+    what an archive leaves in raw when that is not called like it."""
     bare = file.removesuffix(".zip").removesuffix(".7z")
-    return next((raw / name for name in (file, f"{file}.zip", bare) if (raw / name).exists()), None)
+    names = (file, f"{file}.zip", bare, unpacked.get(file, file))
+    return next((raw / name for name in names if (raw / name).exists()), None)
 
 
 def _check_answers(task: Task, path: Path) -> None:

@@ -6,12 +6,14 @@ python -m tasks prepare NAME... [--raw PATH]     NAME may be a suite: `prepare m
 python -m tasks check NAME...                    data, starter and scores as they should be?
 python -m tasks score NAME submission.csv
 python -m tasks measure NAME... [--write]        where task.yaml's numbers and the notes come from
+    --gpus 0 1                                   check, measure: with these GPUs, as sandbox.gpus grants them to agents
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+import sandbox
 import tasks
 
 
@@ -28,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument("names", nargs="+", metavar="NAME", help="a task or a suite")
         if command == "prepare":
             sub.add_argument("--raw", type=Path, help="folder or archive of the raw files")
+        else:
+            sub.add_argument("--gpus", type=int, nargs="*", default=[], metavar="N", help="N of each /dev/nvidiaN")
         if command == "measure":
             sub.add_argument("--write", action="store_true", help="change task.yaml, ideas.yaml")
     score = commands.add_parser("score")
@@ -42,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             "score": score_file,
             "measure": measure,
         }[args.command](args)
-    except (tasks.TaskError, tasks.InvalidSubmission) as error:
+    except (tasks.TaskError, tasks.InvalidSubmission, sandbox.SandboxError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -105,7 +109,7 @@ def check(args) -> int:
     with measuring.new_pool() as pool:
         for name in expand(args.names):
             task = tasks.load(name)
-            problem = measuring.check(task, pool)
+            problem = measuring.check(task, pool, tuple(args.gpus))
             fine = "fine"
             if task.initial_source != "measured":
                 fine += f"; its initial score is not measured, run: python -m tasks measure {name} --write"
@@ -119,7 +123,7 @@ def measure(args) -> int:
 
     with measuring.new_pool() as pool:
         for name in expand(args.names):
-            found = measuring.measure(name, pool)
+            found = measuring.measure(name, pool, gpus=tuple(args.gpus))
             if args.write:
                 measuring.write(name, found)
     return 0

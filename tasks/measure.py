@@ -34,8 +34,8 @@ class Run:
     submission: bytes | None = None
 
 
-def run(task: tasks.Task, script: str, pool) -> Run:
-    """Run a train.py in a fresh workspace and score what it wrote."""
+def run(task: tasks.Task, script: str, pool, gpus: tuple[int, ...] = ()) -> Run:
+    """Run a train.py in a fresh workspace, with these GPUs (numbers N of /dev/nvidiaN), and score what it wrote."""
     task.require_data()
     task.require_packages()
     workspace = sandbox.new_workspace()
@@ -48,6 +48,7 @@ def run(task: tasks.Task, script: str, pool) -> Run:
             limits=sandbox.Limits(**task.limits),
             read_only=((task.public, "data"),),
             hidden=(task.private,),
+            gpus=gpus,
         ).result()
         output = result.stdout + result.stderr
         if result.reason != "ok":
@@ -67,14 +68,14 @@ def new_pool():
     return sandbox.Pool(1, preload=tasks.PRELOAD)
 
 
-def check(task: tasks.Task, pool) -> str | None:
+def check(task: tasks.Task, pool, gpus: tuple[int, ...] = ()) -> str | None:
     """None when data, starter and scores are in order, else what is wrong, in one line."""
     task.require_data()
     for name, digest in task.manifest()["files"].items():
         path = tasks.DATA / task.name / name
         if not path.exists() or tasks.sha256(path) != digest:
             return f"{path} has changed; run: python -m tasks prepare {task.name}"
-    starter = run(task, task.sources()["train.py"], pool)
+    starter = run(task, task.sources()["train.py"], pool, gpus)
     if starter.scores is None:
         last = starter.output.strip().splitlines()[-1:]
         return f"the starter gives no score ({starter.reason}) {' '.join(last)}"
@@ -117,7 +118,7 @@ def note(task: tasks.Task, starter: Run, idea: Run, noise: float) -> str:
     return "improves" if task.better(idea.scores["all"], starter.scores["all"]) else "hurts"
 
 
-def combine(task: tasks.Task, script: str, ideas: list, alone: dict, noise: float, pool):
+def combine(task: tasks.Task, script: str, ideas: list, alone: dict, noise: float, pool, gpus: tuple[int, ...] = ()):
     """Beam search over one idea a block; returns (ideas, run) of the best combination.
 
     An idea that does little alone may do much after another, so the search starts from the best
@@ -145,7 +146,7 @@ def combine(task: tasks.Task, script: str, ideas: list, alone: dict, noise: floa
                 edited = script
                 for part in combination:
                     edited = tasks.apply_block(edited, part.block, part.code)
-                wider[combination] = run(task, edited, pool)
+                wider[combination] = run(task, edited, pool, gpus)
         scored = [item for item in wider.items() if item[1].scores]
         beam = sorted(scored, key=quality, reverse=True)[:BEAM]
         # a longer combination has to be worth its length
@@ -154,14 +155,16 @@ def combine(task: tasks.Task, script: str, ideas: list, alone: dict, noise: floa
     return best
 
 
-def measure(name: str, pool, combinations: bool = True, log=print) -> dict:
+def measure(name: str, pool, combinations: bool = True, log=print, gpus: tuple[int, ...] = ()) -> dict:
     """Everything measured about a task, as a dict; `write` stores it.
+
+    gpus: numbers N of /dev/nvidiaN that the scripts may use: those that experiments will have (sandbox.gpus).
 
     Ideas that are texts without code cannot be run: then only the starter is measured.
     """
     task = tasks.load(name)
     script, ideas = task.sources()["train.py"], [idea for idea in task.ideas() if idea.code is not None]
-    starter = run(task, script, pool)
+    starter = run(task, script, pool, gpus)
     if starter.scores is None:
         last = " ".join(starter.output.strip().splitlines()[-1:])
         raise tasks.TaskError(f"{name}: the starter fails ({starter.reason}) {last}")
@@ -171,10 +174,10 @@ def measure(name: str, pool, combinations: bool = True, log=print) -> dict:
         return {"starter": starter, "noise": noise}
     alone = {None: starter}
     for idea in ideas:
-        alone[idea.text] = run(task, tasks.apply_block(script, idea.block, idea.code), pool)
+        alone[idea.text] = run(task, tasks.apply_block(script, idea.block, idea.code), pool, gpus)
     chosen, best = (), starter
     if combinations:
-        chosen, best = combine(task, script, ideas, alone, noise, pool)
+        chosen, best = combine(task, script, ideas, alone, noise, pool, gpus)
         noise = standard_error(task, best.submission)
     notes = {i.text: note(task, starter, alone[i.text], noise) for i in ideas}
     for axis in tasks.AXES:

@@ -235,10 +235,9 @@ def test_archive_and_unpacked_folder_give_the_same_data(name, tmp_path, monkeypa
     fingerprint = task.manifest()["fingerprint"]
     by_hand = unzipped(tmp_path / "by-hand", MAKERS[name]())
     for archive in [*by_hand.rglob("*.zip"), *by_hand.rglob("*.7z")]:
-        inner = "" if archive.name in ("train.csv.zip", "arxiv.zip") else archive.stem
-        if name != ICE:
-            raw.unpack(archive, by_hand / inner)
-            archive.unlink()
+        inner = "" if archive.name in ("train.csv.zip", "arxiv.zip", "train.json.7z") else archive.stem
+        raw.unpack(archive, by_hand / inner)
+        archive.unlink()
     assert tasks.prepare(name, by_hand)["fingerprint"] == fingerprint
     if name in ROWS and name not in (DOGS, PAGES, CIFAR):
         assert split_rows(task) == ROWS[name]

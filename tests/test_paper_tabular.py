@@ -2,6 +2,7 @@
 
 import csv
 import io
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -285,15 +286,14 @@ def test_an_unpacked_download_gives_the_same_data(name, tmp_path, monkeypatch):
     make, rows = MINIATURES[name]
     task = prepare(name, archive(name, tmp_path), tmp_path, monkeypatch)
     first = task.manifest()
-    flat = {}
-    for member, content in make(rows).items():  # and the archives in it unpacked, too
-        if not isinstance(content, dict):
-            flat[member] = content
-        elif member.endswith(".csv.zip") or any("/" in inner for inner in content):
-            flat |= content
-        else:  # into a folder of their name, as `folder` expects it
-            flat |= {f"{member.removesuffix('.zip')}/{inner}": text for inner, text in content.items()}
-    assert tasks.prepare(name, unzipped(tmp_path / "folder", flat)) == first
+    here, folders = {}, {}  # the archives in it unpacked, too: where they are, or each into a folder of its name
+    for member, content in make(rows).items():
+        inner = content if isinstance(content, dict) else {member: content}
+        here |= inner
+        own = isinstance(content, dict) and not member.endswith(".csv.zip") and not any("/" in file for file in inner)
+        folders |= {f"{member.removesuffix('.zip')}/{file}": text for file, text in inner.items()} if own else inner
+    assert tasks.prepare(name, unzipped(tmp_path / "here", here)) == first
+    assert tasks.prepare(name, unzipped(tmp_path / "folders", folders)) == first
 
 
 @pytest.mark.parametrize("name", MINIATURES)
@@ -304,8 +304,10 @@ def test_missing_files_are_named_with_the_command(name, tmp_path, monkeypatch):
         members = make(rows)
         del members[file]
         path = zipped(tmp_path / "some.zip", members)
-        with pytest.raises(tasks.TaskError, match=rf"{file}; run: kaggle competitions download -c \S+ -p data/raw$"):
+        with pytest.raises(tasks.TaskError, match=rf"{file}; run: kaggle competitions download -c \S+ -p ") as error:
             tasks.prepare(name, path)
+        target = Path(str(error.value).split()[-1])
+        assert target.resolve() == tmp_path / "data" / "raw", "where prepare looks for it"
 
 
 # ----------------------------------------------------------------- the splits, at the real number of rows

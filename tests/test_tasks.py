@@ -426,7 +426,8 @@ def test_better_gain_and_delta(toy):
         assert task.better(5, None) and not task.better(None, 5) and not task.better(None, None)
     assert down.gain(2.5, "all") == 0.5 and down.gain(4.0, "reward") == 0
     assert down.delta(2.25) == 0.5 and up.delta(2.25) == -0.5
-    assert down.scale("eval") == tasks.Scale(5.0, 0.5, 0.1, True)
+    assert down.scale("all") == tasks.Scale(4.5, 0.5, 0.1, True)
+    assert down.scale("eval") == tasks.Scale(5.0, 0.5, 0.1 * 2**0.5, True)  # the error of half the answers
 
 
 # --- prepare ---
@@ -569,20 +570,22 @@ def test_measuring_a_task_whose_ideas_are_texts(toy):
     (task.dir / "train.py").write_text(f'open("submission.csv", "w").write("{body}")\nprint("validation mae: 1")\n')
 
     class Pool:  # the sandbox has tests of its own
-        def submit(self, argv, workspace, limits, read_only, hidden):
+        def submit(self, argv, workspace, limits, read_only, hidden, gpus):
+            granted.append(gpus)
             assert read_only == ((task.public, "data"),) and hidden == (task.private,)
             subprocess.run([sys.executable, *argv[1:]], cwd=workspace, check=True)
             future = Future()
             future.set_result(sandbox.Result("ok", 0, "validation mae: 1\n", "", 1.0, 1.0, 1.0, "ns"))
             return future
 
-    found = measure.measure("toy", Pool(), log=lambda *_: None)
+    granted = []
+    found = measure.measure("toy", Pool(), log=lambda *_: None, gpus=(3,))
     measure.write("toy", found)
     task = tasks.load("toy")
     assert task.initial_score == {"reward": 0, "eval": 1, "all": 0.5} and task.initial_source == "measured"
     assert (task.best_score, task.best_source) == (0.5, "")
     assert task.noise == pytest.approx(1 * np.sqrt(3) / 4, rel=0.15)  # of the mean of {0, 0, 0, 2}
-    assert measure.check(task, Pool()) is None
+    assert measure.check(task, Pool(), (1, 2)) is None and granted == [(3,), (1, 2)]
     wrong = change(task, initial_score={"reward": 0, "eval": 3, "all": 0.5})
     assert measure.check(wrong, Pool()) == "the starter scores 1 on eval, not 3"
     assert measure.check(change(wrong, initial_source="the paper"), Pool()) is None

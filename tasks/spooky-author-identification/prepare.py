@@ -12,7 +12,8 @@ from tasks import split
 
 def prepare(raw, public, private):
     with tempfile.TemporaryDirectory(dir=public.parent) as scratch:
-        folder = files.folder(raw, "train", Path(scratch))
+        packed = not (raw / "train.csv").is_file()
+        folder = files.folder(raw, "train", Path(scratch)) if packed else raw
         sentences = files.table(folder, "train.csv", ["id", "text", "author"], dtype=str, keep_default_na=False)
     train, test = split.random(len(sentences), 0.1)
     sentences.iloc[train].to_csv(public / "train.csv", index=False)

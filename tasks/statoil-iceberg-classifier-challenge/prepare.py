@@ -48,9 +48,10 @@ def read(path):
 
 def prepare(raw, public, private):
     with TemporaryDirectory(dir=public.parent) as scratch:
-        path = raw / "train.json"
-        if not path.is_file():  # the usual case: still in its archive
-            path = folder(raw, "train.json", Path(scratch)) / "data/processed/train.json"
+        inside = "data/processed/train.json"
+        path = next((raw / name for name in ("train.json", inside) if (raw / name).is_file()), None)
+        if path is None:  # the usual case: still in its archive
+            path = folder(raw, "train.json", Path(scratch)) / inside
         rows, bands = read(path)
     expect(len(rows), 1_604, "labelled images")
     train, test = split.random(len(rows), 0.2)  # 1,604 -> 1,283 + 321
