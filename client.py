@@ -32,6 +32,7 @@ BACKOFF_S = 1.0  # before the first retry; doubles up to MAX_BACKOFF_S, times a 
 MAX_BACKOFF_S = 60.0
 MAX_WAIT_S = 600.0  # a server that asks for more patience (Retry-After) counts as failed
 MAX_BYTES = 32 << 20  # of one reply
+CLOSE_S = 2.0  # to wait for requests that `close` ended
 CHECK_RETRIES = 2  # of `check`: enough for a hiccup, too few to wait long for a wrong address
 TELL_S = 30.0  # troubles that are retried are shown on stderr, at most one line in this time
 RESERVED = ("model", "messages", "stream", "n")  # keys of a request that are not the caller's to change
@@ -55,8 +56,8 @@ class Endpoint:
     in_flight: int = 8  # requests at once, of each process
     price_in: float = 0.0  # USD per million prompt tokens
     price_out: float = 0.0  # USD per million completion tokens
-    max_usd: float | None = None  # stop before a process has spent more
-    max_total_tokens: int | None = None  # stop before a process has used more, prompts and completions together
+    max_usd: float | None = None  # stop before a client has spent more
+    max_total_tokens: int | None = None  # stop before a client has used more, prompts and completions together
     extra: dict = field(default_factory=dict, hash=False)  # more keys of a request's body; null leaves a key out
 
     def __post_init__(self):
@@ -245,13 +246,16 @@ def _parse(data: bytes) -> tuple[str, str, dict]:
 
 
 class Client:
-    """Thread-safe. Close it (or use it as a context) to end what is under way and refuse what follows."""
+    """Thread-safe. Close it (or use it as a context) to end what is under way and refuse what follows.
 
-    def __init__(self, endpoint: Endpoint):
+    spent: (prompt, completion) tokens that were used before, by other processes: `usage` and the budget count on.
+    """
+
+    def __init__(self, endpoint: Endpoint, spent: tuple[int, int] = (0, 0)):
         self.endpoint = endpoint
         self._slots = threading.Semaphore(endpoint.in_flight)
         self._change = threading.Condition()  # guards what follows
-        self._usage = Usage()
+        self._usage = Usage(prompt_tokens=spent[0], completion_tokens=spent[1], usd=self._usd(*spent))
         self._reserved = [0, 0]  # the most that requests in flight may use: prompt, completion tokens
         self._told = -math.inf
         self._sockets = _Sockets()
@@ -266,10 +270,13 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        """Waits a moment for what it ends, so that `usage` is whole."""
         self._closed.set()
         with self._change:
             self._change.notify_all()
         self._sockets.end()
+        with self._change:
+            self._change.wait_for(lambda: not any(self._reserved), CLOSE_S)
 
     @property
     def usage(self) -> Usage:

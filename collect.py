@@ -9,7 +9,8 @@ Each trajectory starts from a task's starter and 1-3 sampled ideas; the expert e
 Writes runs/NAME/data/:
     trajectories.jsonl   one line a trajectory; append-only, so that a killed run resumes where it stopped
     states.jsonl         one line a state to act in, derived from the trajectories
-    dropped.jsonl        episodes that an endpoint or our own failure ended: what they cost; they are played again
+    dropped.jsonl        what else cost tokens: episodes that an endpoint, our own failure or Ctrl-C ended; they are
+                         played again
 
 Experts (expert.py): scripted, needs no model; endpoint, an LLM behind a chat endpoint (the paper: GPT-4o-mini);
 local, a checkpoint on this machine. An LLM's replies are saved in the form of `format_reply`; what it must say again
@@ -36,9 +37,9 @@ from copies import Recorder, replay_renamed
 from environment import Environment, Episode, SandboxConfig, initial_state, transition
 from expert import EndpointVoice, LocalVoice, ModelExpert, Said, ScriptedExpert, draw_ideas, habits, load_policy
 from ideas import PoolConfig
-from records import append_rows, claim, read_jsonl, require_checkpoint, states_of
+from records import append_rows, claim, iterate_jsonl, require_checkpoint, states_of
 from reward import Outcome
-from spend import Progress, connect, how_to_go_on, tokens_of, usd_of
+from spend import Progress, connect, how_to_go_on, tokens_of, unaccounted, usd_of
 
 
 @dataclass(frozen=True)
@@ -225,16 +226,47 @@ def leave_out_ideas(row: dict, task, texts: list[str]) -> None:
 # ------------------------------------------------------------------------------------------- files
 
 
-def write_states(folder: Path, rows: list[dict]) -> int:
-    """states.jsonl, whole and atomically, from the trajectories; renamed copies are left out."""
-    temporary = folder / "states.jsonl.tmp"
-    count = 0
-    with open(temporary, "w") as file:
-        for row in sorted(rows, key=lambda r: r["index"]):
-            if row["copy"] == 0:
-                for state, step in zip(states_of(row), row["steps"]):
-                    file.write(json.dumps(state.to_row() | {"action": step["action"]}) + "\n")
-                    count += 1
+@dataclass
+class Tally:
+    """What the trajectories of a run add up to: ten thousand with all their files would fill gigabytes."""
+
+    done: set[int] = field(default_factory=set)  # indices of trajectories
+    copies: int = 0
+    gain: float = 0.0  # sum over the trajectories
+    steps: int = 0
+    asked_again: int = 0  # replies that could not be read
+    spent: tuple[int, int] = (0, 0)  # (prompt, completion) tokens, those of dropped episodes included
+
+    def add(self, row: dict) -> None:
+        if row["copy"]:
+            self.copies += 1
+            return
+        self.done.add(row["index"])
+        self.gain += tasks.load(row["task"]).gain(row["final_score"], "reward")
+        self.steps += len(row["steps"])
+        self.asked_again += sum(len(step.get("retries", ())) for step in row["steps"])
+        self.pay(row)
+
+    def pay(self, row: dict) -> None:
+        self.spent = tuple(a + b for a, b in zip(self.spent, tokens_of([row])))
+
+
+def write_states(folder: Path) -> int:
+    """states.jsonl, whole and atomically, in the order of the trajectories; renamed copies are left out."""
+    source, temporary = folder / "trajectories.jsonl", folder / "states.jsonl.tmp"
+    source.touch()
+    count, place, places = 0, 0, []
+    with open(source, "rb") as trajectories, open(temporary, "w") as file:
+        for line in trajectories:  # in the order in which they ended
+            row = json.loads(line)
+            places += [(row["index"], place)] if row["copy"] == 0 else []
+            place += len(line)
+        for _, place in sorted(places):
+            trajectories.seek(place)
+            row = json.loads(trajectories.readline())
+            for state, step in zip(states_of(row), row["steps"]):
+                file.write(json.dumps(state.to_row() | {"action": step["action"]}) + "\n")
+                count += 1
     temporary.replace(folder / "states.jsonl")
     return count
 
@@ -251,20 +283,21 @@ def open_voice(cfg: Config, env: Environment, spent: tuple[int, int]) -> Endpoin
     return LocalVoice(policy, cfg.seed)
 
 
-def harvest(futures: list[Future], folder: Path, progress: Progress) -> tuple[list[dict], int, Exception | None]:
-    """Save trajectories as they end; (rows, dropped episodes, what stopped it all or None).
+def harvest(futures: list[Future], folder: Path, tally: Tally, progress: Progress) -> tuple[int, Exception | None]:
+    """Save trajectories as they end; (dropped episodes, what stopped it all or None).
 
     Once the budget is spent, or FAILURES episodes in a row got no answer, nothing new begins; what is under way
     may still end and is saved.
     """
-    rows, dropped, in_a_row, reason = [], 0, 0, None
+    dropped, in_a_row, reason = 0, 0, None
     for future in as_completed(futures):
         if future.cancelled():
             continue
         played = future.result()
         if played.error is None and played.rows[0]["end"] != Outcome.INTERNAL:
             append_rows(folder / "trajectories.jsonl", played.rows)
-            rows += played.rows
+            for row in played.rows:
+                tally.add(row)
             in_a_row = 0
             progress.add(1)
             continue
@@ -273,12 +306,13 @@ def harvest(futures: list[Future], folder: Path, progress: Progress) -> tuple[li
         in_a_row += isinstance(played.error, ChatError)
         why = str(played.error or "internal failure")
         append_rows(folder / "dropped.jsonl", [{"index": played.index, "reason": why} | played.spent])
+        tally.pay(played.spent)
         fatal = isinstance(played.error, (BudgetSpent, config.UserError)) or in_a_row >= FAILURES
         if fatal and reason is None:
             reason = played.error
             for other in futures:
                 other.cancel()
-    return rows, dropped, reason
+    return dropped, reason
 
 
 def collect_trajectories(cfg: Config) -> None:
@@ -287,47 +321,48 @@ def collect_trajectories(cfg: Config) -> None:
         tasks.load(name).require_prepared()
     folder = Path("runs") / cfg.run / "data"
     claim(folder, cfg, ignore=MAY_CHANGE)
-    rows, lost = (
-        read_jsonl(folder / name, repair=True) if (folder / name).exists() else []
-        for name in ("trajectories.jsonl", "dropped.jsonl")
-    )
-    done = {row["index"] for row in rows}
-    todo = [i for i in range(cfg.trajectories) if i not in done]
-    spent = tokens_of([*(row for row in rows if row["copy"] == 0), *lost])
+    tally = Tally()
+    for name, count in (("trajectories.jsonl", tally.add), ("dropped.jsonl", tally.pay)):
+        for row in iterate_jsonl(folder / name, repair=True) if (folder / name).exists() else ():
+            count(row)
+    todo = [i for i in range(cfg.trajectories) if i not in tally.done]
     with ExitStack() as stack:
         env = stack.enter_context(Environment(cfg.agent, cfg.sandbox, Path("runs") / "cache"))
-        voice = open_voice(cfg, env, spent) if todo else None
+        voice = open_voice(cfg, env, tally.spent) if todo else None
         collector = Collector(cfg, names, env, voice)
         if voice:
             stack.callback(voice.close)
-        print(f"sandbox tier {env.pool.tier}, {len(todo)} trajectories to go, {len(done)} done", flush=True)
+        print(f"sandbox tier {env.pool.tier}, {len(todo)} trajectories to go, {len(tally.done)} done", flush=True)
         client = voice.client if isinstance(voice, EndpointVoice) else None
         busy = client.endpoint.in_flight if client else cfg.local.max_batch if voice else 0
         threads = ThreadPoolExecutor(cfg.at_once or 4 * env.workers + busy)
-        progress = Progress("trajectories", cfg.trajectories, len(done), client)
+        progress = Progress("trajectories", cfg.trajectories, len(tally.done), client)
         try:
-            new, dropped, reason = harvest([threads.submit(collector.play, i) for i in todo], folder, progress)
+            futures = [threads.submit(collector.play, i) for i in todo]
+            dropped, reason = harvest(futures, folder, tally, progress)
         finally:
             # After an error or Ctrl-C: nothing new begins; what is under way fails as voice and env close.
             threads.shutdown(wait=False, cancel_futures=True)
             progress.close()
-    rows += new
-    count = write_states(folder, rows)
-    originals = [row for row in rows if row["copy"] == 0]
-    gains = [tasks.load(r["task"]).gain(r["final_score"], "reward") for r in originals]
+            if client:
+                rest = unaccounted(client, tally.spent)
+                append_rows(folder / "dropped.jsonl", [{"index": None, "reason": "in no trajectory"} | rest])
+                tally.pay(rest)
+    count, done = write_states(folder), len(tally.done)
     print(
-        f"{len(originals)} trajectories, {len(rows) - len(originals)} renamed copies, {count} states; "
-        f"mean normalised gain {np.mean(gains) if gains else 0:.3f}; {env.counts['experiments']} experiments asked "
-        f"for, {env.counts['cache_hits']} found; {dropped} dropped"
+        f"{done} trajectories, {tally.copies} renamed copies, {count} states; mean normalised gain "
+        f"{tally.gain / max(1, done):.3f}; {env.counts['experiments']} experiments asked for, "
+        f"{env.counts['cache_hits']} found; {dropped} dropped"
     )
     if voice:
-        tokens = tokens_of(originals)
-        again = sum(len(step.get("retries", ())) for row in originals for step in row["steps"])
-        steps = sum(len(row["steps"]) for row in originals)
-        cost = f", {usd_of(cfg.endpoint, tokens):.2f} USD" if client else ""
-        print(f"{tokens[0]} prompt and {tokens[1]} completion tokens{cost}; {again} replies to {steps} asked again")
+        prompt, completion = tally.spent
+        cost = f", {usd_of(cfg.endpoint, tally.spent):.2f} USD" if client else ""
+        print(
+            f"{prompt} prompt and {completion} completion tokens{cost}; "
+            f"{tally.asked_again} replies to {tally.steps} asked again"
+        )
     if reason:
-        left = cfg.trajectories - len(originals)
+        left = cfg.trajectories - done
         raise config.UserError(
             f"{reason}{how_to_go_on(reason)} ({left} trajectories to go; the others are in {folder})"
         )

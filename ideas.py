@@ -31,7 +31,7 @@ import config
 import tasks
 from client import ChatError, Client, without_thinking
 from records import append_rows, claim, read_jsonl
-from spend import Progress, connect, how_to_go_on, tokens_of, usd_of
+from spend import Progress, connect, how_to_go_on, tokens_of, unaccounted, usd_of
 
 STALLED = 4  # requests in a row without a new idea: the axis is exhausted
 ASK_AGAIN = 2  # more attempts after a reply that is no list of ideas
@@ -386,8 +386,10 @@ def make(cfg, folder: Path) -> None:
     claim(folder, PoolClaim(cfg.endpoint.model, cfg.pool), ignore=MAY_CHANGE)
     encoder = Encoder(cfg.pool.encoder)
     pools = [Pool(tasks.load(name), folder / f"{name}.jsonl", encoder, cfg.pool) for name in names]
+    path = folder / "lost.jsonl"  # what requests cost that gave no row
+    lost = read_jsonl(path, repair=True) if path.exists() else []
     if any(pool.next_axis() for pool in pools):
-        client = connect(cfg.endpoint, tokens_of([row for pool in pools for row in pool.rows]))
+        client = connect(cfg.endpoint, tokens_of([*lost, *(row for pool in pools for row in pool.rows)]))
         size = len(AXES) * -(-cfg.pool.size // len(AXES))
         progress = Progress("ideas", size * len(pools), sum(len(pool.ideas) for pool in pools), client)
         try:
@@ -395,8 +397,10 @@ def make(cfg, folder: Path) -> None:
         except ChatError as error:
             raise config.UserError(f"{error}{how_to_go_on(error)} (all ideas so far are in {folder})") from None
         finally:
-            client.close()
             progress.close()
+            told = tokens_of([*lost, *(row for pool in pools for row in pool.rows)])
+            lost.append(unaccounted(client, told))
+            append_rows(path, lost[-1:])
     for pool in pools:
         if not pool.ideas:
             raise config.UserError(f"{pool.task.name}: no reply held ideas (see {pool.path}): try another model")
@@ -406,7 +410,7 @@ def make(cfg, folder: Path) -> None:
     report = [row for pool in pools for row in spread(pool, write_subset(pool, folder), cfg.seed)]
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     rows = [row for pool in pools for row in pool.rows]
-    tokens = tokens_of(rows)
+    tokens = tokens_of([*rows, *lost])
     print(f"\n{table(report, cfg.pool.distance)}\n")
     print(
         f"{sum(len(pool.ideas) for pool in pools)} ideas from {len(rows)} requests, {sum(tokens)} tokens, "

@@ -6,6 +6,7 @@ run leaves at most one half line, at the end, which `read_jsonl(repair=True)` cu
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
@@ -59,25 +60,30 @@ def _defaults(cfg) -> dict:
 def read_jsonl(path: Path, repair: bool = False) -> list[dict]:
     """The objects of a JSONL file. With `repair`, a half line left at the end by a kill is cut off.
 
-    Raises config.UserError naming the line when the file is empty or a line is not JSON.
+    Raises config.UserError naming the file when it is not there, and the line that is not JSON.
     """
+    return list(iterate_jsonl(path, repair))
+
+
+def iterate_jsonl(path: Path, repair: bool = False) -> Iterator[dict]:
+    """`read_jsonl`, one object in memory at a time."""
     if not path.exists():
         raise config.UserError(f"{path} does not exist: run the step that writes it first")
-    rows, good = [], 0
+    good = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 if not line.endswith(b"\n"):
                     raise ValueError("the line does not end")
-                rows.append(json.loads(line))
-                good += len(line)
+                row = json.loads(line)
             except ValueError as error:
                 last = file.tell() == path.stat().st_size and not line.endswith(b"\n")
                 if repair and last:
                     os.truncate(path, good)
-                    break
+                    return
                 raise config.UserError(f"{path}: line {number} is not valid JSON ({error}): remove it") from None
-    return rows
+            good += len(line)
+            yield row
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:

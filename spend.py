@@ -1,13 +1,13 @@
 """What an endpoint has cost a run directory, what its budget leaves, and progress that shows it.
 
 A budget (endpoint.max_usd, max_total_tokens) holds for a directory: the rows in it say what they cost, and a run that
-continues it gets the rest. What episodes that were under way when a process ended had used, and the first tiny
-request of each start, go uncounted.
+continues it gets the rest. What belongs to no row, of episodes under way when a process ended and the first tiny
+request of each start, is written down at the end (`unaccounted`); only a process that is killed (SIGKILL, a machine
+that fails) leaves that much uncounted.
 """
 
 import sys
 import time
-from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -31,24 +31,27 @@ def connect(endpoint: Endpoint, spent: tuple[int, int]) -> Client:
 
     Raises config.UserError with what to fix.
     """
-    left = {}
-    if endpoint.max_total_tokens is not None:
-        left["max_total_tokens"] = endpoint.max_total_tokens - sum(spent)
-    if endpoint.max_usd is not None:
-        left["max_usd"] = endpoint.max_usd - usd_of(endpoint, spent)
-    for key, value in left.items():
-        if value <= 0:
+    for key, used in (("max_total_tokens", sum(spent)), ("max_usd", usd_of(endpoint, spent))):
+        limit = getattr(endpoint, key)
+        if limit is not None and used >= limit:
             raise config.UserError(
                 f"the budget is spent ({sum(spent)} tokens, {usd_of(endpoint, spent):.4f} USD): to go on, raise "
                 f"collect.endpoint.{key} and run the same command"
             )
-    client = Client(replace(endpoint, **left))
+    client = Client(endpoint, spent)
     try:
         client.check()
     except ChatError as error:
         client.close()
         raise config.UserError(f"collect.endpoint: {error}{how_to_go_on(error)}") from None
     return client
+
+
+def unaccounted(client: Client, told: tuple[int, int]) -> dict:
+    """Close the client; what it and those before it used beyond what rows tell, (prompt, completion) tokens."""
+    client.close()
+    used = client.usage
+    return {"prompt_tokens": used.prompt_tokens - told[0], "completion_tokens": used.completion_tokens - told[1]}
 
 
 def how_to_go_on(error: Exception) -> str:

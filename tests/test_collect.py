@@ -109,9 +109,13 @@ def test_the_score_of_a_state_is_the_last_valid_one():
 
 
 def test_states_are_written_for_originals_only(tmp_path):
-    assert collect.write_states(tmp_path, [row(), row() | {"copy": 1}]) == 3
+    assert collect.write_states(tmp_path) == 0, "every episode was dropped"
+    trajectories = [row(), row() | {"copy": 1}, row() | {"index": 2}, row() | {"index": 10}]
+    records.append_rows(tmp_path / "trajectories.jsonl", trajectories)
+    assert collect.write_states(tmp_path) == 9
     rows = records.read_jsonl(tmp_path / "states.jsonl")
-    assert [r["action"] for r in rows] == ["Edit Script"] * 3 and rows[1]["score"] == 0.2
+    assert [r["action"] for r in rows] == ["Edit Script"] * 9 and rows[1]["score"] == 0.2
+    assert [r["id"] for r in rows] == [f"{index}.0.{t}" for index in (2, 4, 10) for t in range(3)], "as if none overtook"
 
 
 def test_a_half_line_is_cut_off_and_a_broken_one_is_named(tmp_path):

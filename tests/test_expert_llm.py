@@ -203,7 +203,9 @@ def test_trajectories_of_an_endpoint(run, capsys):
     assert len(states) == 36 and not any("Try these ideas" in json.dumps(s) for s in states)
     assert run.server.most_active <= 4
     usage = sum(row["prompt_tokens"] for row in rows), sum(row["completion_tokens"] for row in rows)
-    assert usage[0] == sum(len(" ".join(m["content"] for m in b["messages"]).split()) for b in run.server.requests[1:])
+    first, *later = (len(" ".join(m["content"] for m in b["messages"]).split()) for b in run.server.requests)
+    assert usage[0] == sum(later)
+    usage = usage[0] + first, usage[1] + len(explorer(run.server.requests[0]).split())  # which a start costs
     assert f"{usage[0]} prompt and {usage[1]} completion tokens" in capsys.readouterr().out
 
 
@@ -316,7 +318,7 @@ def test_a_server_that_is_down_for_a_while_is_waited_for(run):
     assert [row["index"] for row in rows] == list(range(12))
 
 
-def test_a_budget_stops_it_and_holds_over_restarts(run):
+def test_a_budget_stops_it_and_holds_over_restarts(run, capsys):
     endpoint = replace(run.cfg.endpoint, max_tokens=50, max_total_tokens=6000)
     with pytest.raises(config.UserError, match=r"max_total_tokens = .*raise collect.endpoint.max_usd"):
         run(endpoint=endpoint, at_once=2)
@@ -329,7 +331,14 @@ def test_a_budget_stops_it_and_holds_over_restarts(run):
     with pytest.raises(config.UserError, match="budget"):
         run(endpoint=endpoint)
     assert len(run.server.requests) <= requests + 3, "what is spent stays spent"
+    with pytest.raises(config.UserError, match="max_total_tokens = 6010 does not allow"):
+        run(endpoint=replace(endpoint, max_total_tokens=6010))  # the limit that was set, not what is left of it
+    capsys.readouterr()
     rows = run(endpoint=replace(endpoint, max_total_tokens=None))
+    lost = records.read_jsonl(run.folder / "dropped.jsonl")
+    prompt, completion = (sum(r[key] for r in [*rows, *lost]) for key in ("prompt_tokens", "completion_tokens"))
+    assert f"{prompt} prompt and {completion} completion tokens" in capsys.readouterr().out
+    assert completion == sum(len(explorer(body).split()) for body in run.server.requests), "every reply is paid for, the first tiny ones too"
     assert [row["index"] for row in rows] == list(range(12))
     assert rows[: len(before)] != [] and all(row in rows for row in before)
 
@@ -423,6 +432,10 @@ def test_a_killed_collection_goes_on_in_a_fresh_process(tmp_path, signum, real):
         asked = len(server.requests)
         time.sleep(0.5)
         assert len(server.requests) == asked, "nobody asks any more"
+        if signum == signal.SIGINT:  # two may have been in flight
+            answered = sum(len(explorer(body).split()) for body in server.requests[: asked - 2])
+            told = [*records.read_jsonl(path), *records.read_jsonl(path.with_name("dropped.jsonl"))]
+            assert sum(row["completion_tokens"] for row in told) >= answered, "what it cost is not forgotten"
         with open(path, "a") as file:
             file.write('{"index": 7, "copy"')  # a kill in the middle of a write
         before = path.read_text().splitlines()[:-1]
