@@ -352,7 +352,8 @@ def scatter(values: Tensor, mask: Tensor) -> Tensor:
 def token_scores(hidden: Tensor, targets: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Logprob and entropy of each target: hidden [M, D], targets [M], weight [V, D] fp32 -> ([M], [M]) fp32.
 
-    Works through chunks of rows and recomputes each in backward, so that the [M, V] logits never exist at once.
+    Works through chunks of rows; several of them are recomputed in backward, so that the [M, V] logits never exist
+    at once.
     """
     assert temperature > 0, "logprobs need a temperature above 0"
 
@@ -363,6 +364,8 @@ def token_scores(hidden: Tensor, targets: Tensor, weight: Tensor, temperature: f
         return logits.gather(1, targets[:, None])[:, 0] - log_z, entropy
 
     size = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    if len(hidden) <= size:  # backward starts with these logits: recomputing them would save no memory
+        return score(hidden, targets)
     chunks = zip(hidden.split(size), targets.split(size))
     scores = [checkpoint(score, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     logprobs, entropies = zip(*scores)
