@@ -35,7 +35,7 @@ from agent import AgentConfig, PromptTooLong, State, problem_text
 from client import OPERATION, BudgetSpent, ChatError, Endpoint
 from copies import Recorder, replay_renamed
 from environment import Environment, Episode, SandboxConfig, initial_state, transition
-from expert import EndpointVoice, LocalVoice, ModelExpert, Said, ScriptedExpert, draw_ideas, habits, load_policy
+from expert import EndpointVoice, LocalVoice, ModelExpert, Said, ScriptedExpert, draw_ideas, habits
 from ideas import PoolConfig
 from records import append_rows, claim, iterate_jsonl, require_checkpoint, states_of
 from reward import Outcome
@@ -279,8 +279,10 @@ def open_voice(cfg: Config, env: Environment, spent: tuple[int, int]) -> Endpoin
         return EndpointVoice(connect(cfg.endpoint, spent), cfg.agent)
     local = cfg.local
     require_checkpoint(local.checkpoint, "give a Hugging Face directory or hub id as collect.local.checkpoint")
-    policy = load_policy(local.checkpoint, env, local.temperature, local.top_p, local.max_batch, local.dtype)
-    return LocalVoice(policy, cfg.seed)
+    from rollout import Sampling, load_policy  # late: they import torch, which the other experts do not need
+
+    sampling = Sampling(local.temperature, local.top_p, local.max_batch)
+    return LocalVoice(load_policy(local.checkpoint, env, sampling, dtype=local.dtype), cfg.seed)
 
 
 def harvest(futures: list[Future], folder: Path, tally: Tally, progress: Progress) -> tuple[int, Exception | None]:

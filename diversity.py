@@ -30,14 +30,9 @@ import config
 import ideas
 import sandbox
 import tasks
-from agent import (
-    AgentConfig,
-    PromptTooLong,
-    encode_state,
-)
+from agent import AgentConfig, PromptTooLong, encode_state
 from edits import Edit, added_lines, axis_of, edits_of, new_names, verb_and_object
 from environment import Environment, SandboxConfig, initial_state
-from expert import load_policy
 from records import read_jsonl, require_checkpoint
 
 
@@ -84,11 +79,12 @@ def sample_edits(path: Path, cfg: Config, env: Environment) -> tuple[list[Edit],
 
     Actions are drawn until there are cfg.samples edits, but no more than about four times as many.
     """
-    from generate import Rng  # late: it imports torch, which files do not need
+    from generate import Rng  # late: they import torch, which files do not need
+    from rollout import Sampling, load_policy
 
     if not cfg.samples:
         raise config.UserError("samples = 0 (all) is for files: say how many actions to draw from a checkpoint")
-    policy = load_policy(str(path), env, cfg.temperature, cfg.top_p, cfg.max_batch)
+    policy = load_policy(str(path), env, Sampling(cfg.temperature, cfg.top_p, cfg.max_batch))
     names = cfg.tasks or tuple(tasks.names("micro", "train"))
     prompts = [encode_state(initial_state(tasks.load(n), env), cfg.agent, policy.tokenizer) for n in names]
     edits, drawn = [], 0

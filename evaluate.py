@@ -38,8 +38,7 @@ from expert import ScriptedExpert, draw_ideas
 from generate import Rng
 from records import read_jsonl, require_checkpoint
 from reward import Outcome
-from rollout import Policy, RewardConfig, Sampling, describe, reward_of, summarise
-from weights import load_model, load_tokenizer
+from rollout import Policy, RewardConfig, Sampling, describe, load_policy, reward_of, summarise
 
 
 @dataclass(frozen=True)
@@ -341,7 +340,6 @@ def main():
     out = Path("runs") / cfg.run / cfg.out
     out.mkdir(parents=True, exist_ok=True)
     cache = Path("runs") / "cache"
-    bf16 = ctx.device.type == "cuda" if cfg.dtype == "auto" else cfg.dtype == "bf16"
     pool = Path("runs") / cfg.run / "data" / "states.jsonl"
     pool_rows = read_jsonl(pool) if cfg.draws else []
     settings = {k: v for k, v in config.to_dict(cfg).items() if k not in ("models", "sandbox", "out")}
@@ -361,12 +359,8 @@ def main():
                 or done.get("path") != path
                 or done.get("settings") != json.loads(json.dumps(settings))
             ):
-                with config.user_error():
-                    tokenizer = load_tokenizer(path)
-                    model = load_model(path, torch.bfloat16 if bf16 else torch.float32, ctx.device)
-                model.valid_vocab = len(tokenizer)
+                policy = load_policy(path, env, cfg.sampling, ctx.device, cfg.dtype)
                 with torch.no_grad():
-                    policy = Policy(model, tokenizer, env, cfg.sampling)
                     done = {"path": path, "weights": weights, "settings": settings}
                     done["episodes"] = play_model(policy, [*heldin, *heldout], cfg, ctx)
                     if cfg.draws:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-import config
 import tasks
 from agent import (
     FIELDS,
@@ -235,25 +234,6 @@ class EndpointVoice:
 
     def close(self) -> None:
         self.client.close()
-
-
-def load_policy(path: str, env, temperature: float, top_p: float, max_batch: int, dtype: str = "auto"):
-    """A rollout.Policy of a checkpoint, on the GPU if there is one. dtype: auto (bf16 on CUDA, else fp32), bf16, fp32.
-
-    Raises config.UserError for a model that is not covered.
-    """
-    import torch  # late: the other experts do not need it
-
-    from rollout import Policy, Sampling
-    from weights import load_model, load_tokenizer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    half = dtype == "bf16" or (dtype == "auto" and device == "cuda")
-    with config.user_error():
-        tokenizer = load_tokenizer(path)
-        model = load_model(path, torch.bfloat16 if half else torch.float32, device)
-    model.valid_vocab = len(tokenizer)
-    return Policy(model, tokenizer, env, Sampling(temperature, top_p, max_batch))
 
 
 class LocalVoice:

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
+import config
 import reward
 import tasks
 from agent import PromptTooLong, State, encode_state
 from environment import Environment, Episode, Transition, counted, run_episodes
 from generate import Generator, Rng
 from reward import Outcome
+from weights import load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,23 @@ class Policy:
             )
             for i, episode in enumerate(episodes)
         ]
+
+
+def load_policy(
+    path: str, env: Environment, sampling: Sampling, device: torch.device | str | None = None, dtype: str = "auto"
+) -> Policy:
+    """A checkpoint that acts and does not learn. device: None is the GPU if there is one; dtype: auto (bf16 on CUDA,
+    else fp32), bf16, fp32.
+
+    Raises config.UserError for a model that is not covered.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    half = dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
+    with config.user_error():
+        tokenizer = load_tokenizer(path)
+        model = load_model(path, torch.bfloat16 if half else torch.float32, device)
+    model.valid_vocab = len(tokenizer)
+    return Policy(model, tokenizer, env, sampling)
 
 
 # --------------------------------------------------------------------------------- rewards and summaries

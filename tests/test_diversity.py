@@ -12,6 +12,7 @@ import yaml
 import config
 import diversity
 import edits
+import rollout
 import tasks
 from agent import AgentConfig, format_reply
 from edits import Edit, axis_of, base_form, edits_of, new_names, verb_and_object
@@ -211,7 +212,7 @@ class Once:
 
 
 def test_a_checkpoint_is_asked_until_there_are_edits_enough(monkeypatch, tmp_path):
-    monkeypatch.setattr(diversity, "load_policy", lambda path, env, *args: Once(CFG))
+    monkeypatch.setattr(rollout, "load_policy", lambda path, env, sampling: Once(CFG))
     monkeypatch.setattr(diversity, "initial_state", lambda task, env: None)
     monkeypatch.setattr(diversity, "encode_state", lambda *args: [0])
     cfg = diversity.Config(samples=20, tasks=(NAME,), agent=CFG)

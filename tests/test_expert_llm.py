@@ -20,15 +20,15 @@ import yaml
 import client as client_module
 import collect
 import config
-import expert
 import records
 import tasks
 from agent import AgentConfig, PromptTooLong, State, parse_reply
 from client import Endpoint
 from environment import Experiment
-from expert import EndpointVoice, LocalVoice, ModelExpert, Spoken, tidy
+from expert import EndpointVoice, LocalVoice, ModelExpert, Said, Spoken, tidy
 from fake_server import Answer, FakeServer
 from reward import Outcome
+from rollout import Sampling, load_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "m-concrete"
@@ -73,7 +73,7 @@ def test_a_tidy_reply_has_the_form_that_is_taught():
         tidy("I would rather not.", CFG)
 
 
-def played(replies: list, retries: int) -> tuple[expert.Said, list[State]]:
+def played(replies: list, retries: int) -> tuple[Said, list[State]]:
     asked = []
 
     def voice(state: State, number: int) -> Spoken:
@@ -113,7 +113,7 @@ def test_where_there_is_no_room_to_ask_again_the_bad_reply_is_taken():
         return Spoken("nonsense", False, 1, 1)
 
     state = State(NAME, [{"role": "user", "content": "start"}], {}, 0.3)
-    assert ModelExpert(voice, CFG, 3, range(9)).reply(state) == expert.Said("nonsense", False, [])
+    assert ModelExpert(voice, CFG, 3, range(9)).reply(state) == Said("nonsense", False, [])
 
 
 def test_thinking_aloud_is_not_part_of_the_reply():
@@ -480,7 +480,7 @@ def test_a_local_reply_depends_on_its_number_and_not_on_its_batch(checkpoint):
     ]
 
     def replies(order: list[int], threads: int) -> dict:
-        voice, found = LocalVoice(expert.load_policy(checkpoint, env, 1.0, 1.0, 4), 0), {}
+        voice, found = LocalVoice(load_policy(checkpoint, env, Sampling(max_batch=4)), 0), {}
 
         def ask(k):
             found[k] = voice(states[k], 10 + k).text
@@ -499,13 +499,12 @@ def test_a_local_reply_depends_on_its_number_and_not_on_its_batch(checkpoint):
 
 
 def test_a_closed_local_voice_leaves_nobody_waiting(checkpoint):
-    voice = LocalVoice(expert.load_policy(checkpoint, type("Env", (), {"cfg": SMALL}), 1.0, 1.0, 4), 0)
+    voice = LocalVoice(load_policy(checkpoint, type("Env", (), {"cfg": SMALL}), Sampling(max_batch=4)), 0)
     voice.close()
     with pytest.raises(RuntimeError, match="closed"):
         voice(State(NAME, [{"role": "user", "content": "start"}], tasks.load(NAME).sources(), 0.3), 1)
-    voice = LocalVoice(
-        expert.load_policy(checkpoint, type("Env", (), {"cfg": replace(SMALL, max_prompt_tokens=9)}), 1, 1, 4), 0
-    )
+    short = replace(SMALL, max_prompt_tokens=9)
+    voice = LocalVoice(load_policy(checkpoint, type("Env", (), {"cfg": short}), Sampling(max_batch=4)), 0)
     with pytest.raises(PromptTooLong):
         voice(State(NAME, [{"role": "user", "content": "start"}], tasks.load(NAME).sources(), 0.3), 1)
 
