@@ -107,16 +107,17 @@ def measure(edits: list[Edit], cfg: Config, encoder=None) -> dict:
     pairs = {pair for edit in edits if (pair := verb_and_object(edit.text))}
     axes = Counter(axis_of(edit) or "none" for edit in edits)
     verbs = {verb for verb, _ in pairs}
-    changes = Counter((edit.task, tuple(added_lines(edit))) for edit in edits)
+    written = [edit for edit in edits if edit.after is not None]  # a checkpoint's instructions wait for a coder
+    changes = Counter((edit.task, tuple(added_lines(edit))) for edit in written)
     row = {
         "edits": len(edits),
         "verbs": len(verbs),
         "objects": len({thing for _, thing in pairs if thing}),
         "objects_per_verb": len(pairs) / len(verbs) if verbs else 0.0,
-        "names": len(set().union(*map(new_names, edits))),
+        "names": len(set().union(*map(new_names, written))) if written else None,
         "texts": len({(edit.task, ideas.normalised(edit.text)) for edit in edits}),
-        "changes": len(changes),
-        "changes_entropy": entropy(changes),
+        "changes": len(changes) if written else None,
+        "changes_entropy": entropy(changes) if written else None,
         "axes": {axis: axes[axis] for axis in (*tasks.AXES, "none")},
         "axes_entropy": entropy(Counter({axis: axes[axis] for axis in tasks.AXES})),
     }

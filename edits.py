@@ -19,7 +19,7 @@ class Edit:
     task: str
     text: str  # what it says of itself
     before: str  # the script
-    after: str
+    after: str | None  # None: a coder would have to write it
     step: int = 0  # of its episode
 
 
@@ -43,11 +43,11 @@ def edits_of(task: str, steps: list[dict], cfg: AgentConfig) -> list[Edit]:
             continue
         if step.get("outcome") in ("coder_failed", "invalid_action"):
             continue  # nothing changed
-        text, after = action.thought.get("Thought", ""), files[path]
+        text, after = action.thought.get("Thought", ""), None
         if cfg.edit_mode == "instruct":
             text = action.args["edit_instruction"]
             if t + 1 < len(steps):
-                after = steps[t + 1].get("files", files).get(action.args["save_name"], after)
+                after = steps[t + 1].get("files", {}).get(action.args["save_name"])
         else:
             try:
                 after = apply_edit(files[path], action, cfg)
@@ -55,7 +55,7 @@ def edits_of(task: str, steps: list[dict], cfg: AgentConfig) -> list[Edit]:
                 continue
         edits.append(Edit(task, text, files[path], after, t))
         undo.setdefault(path, []).append(files[path])
-        files = {**files, path: after}
+        files = {**files, path: files[path] if after is None else after}
     return edits
 
 
@@ -138,6 +138,8 @@ def verb_and_object(text: str) -> tuple[str, str] | None:
 
 
 def added_lines(edit: Edit) -> list[str]:
+    if edit.after is None:
+        return []
     diff = difflib.ndiff(edit.before.splitlines(), edit.after.splitlines())
     return [line[2:].strip() for line in diff if line.startswith("+ ") and line[2:].strip()]
 
@@ -148,19 +150,23 @@ def new_names(edit: Edit) -> set[str]:
 
 
 def axis_of(edit: Edit) -> str | None:
-    """data, model or learning; None where nothing tells."""
-    old, new = edit.before.splitlines(), edit.after.splitlines()
-    votes = Counter(dict.fromkeys(tasks.AXES, 0))
+    """data, model or learning: the block that most changed lines are in, else what the words speak of; None where
+    nothing tells."""
     try:
-        blocks = {axis: tasks.block_lines(edit.before, axis) for axis in tasks.AXES}
+        blocks = {axis: tasks.block_lines(edit.before, axis) for axis in tasks.AXES} if edit.after is not None else {}
+    except ValueError:  # a script without blocks
+        blocks = {}
+    if not blocks:
+        words = re.findall(r"[a-z]+", f"{edit.text} {' '.join(added_lines(edit))}".lower().replace("_", " "))
+        votes = Counter({axis: sum(word in known for word in words) for axis, known in AXIS_WORDS.items()})
+    else:
+        votes = Counter(dict.fromkeys(tasks.AXES, 0))
+        old, new = edit.before.splitlines(), edit.after.splitlines()
         for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
             for axis, (first, last) in blocks.items():  # old[first - 1 : last] is the block's body
                 if tag == "insert":
                     votes[axis] += (j2 - j1) * (first - 1 <= i1 <= last)
                 elif tag != "equal":
                     votes[axis] += max(0, min(i2, last) - max(i1, first - 1))
-    except ValueError:  # a script without blocks
-        words = re.findall(r"[a-z]+", f"{edit.text} {' '.join(added_lines(edit))}".lower().replace("_", " "))
-        votes = Counter({axis: sum(word in known for word in words) for axis, known in AXIS_WORDS.items()})
     axis, most = max(votes.items(), key=lambda item: item[1])
     return axis if most else None

@@ -128,6 +128,12 @@ def test_instructions_are_the_edits_of_instruct_mode():
         {"reply": "?", "files": {"train.py": "a\n", "new.py": "b\n"}},
     ]
     assert edits_of(NAME, rows, cfg) == [Edit(NAME, "add dropout", "a\n", "b\n", 0)]
+    unwritten = edits_of(NAME, [{"reply": reply}], cfg)  # a checkpoint's: no coder has written it
+    assert unwritten == [Edit(NAME, "add dropout", SCRIPT, None, 0)]
+    found = diversity.measure(unwritten, diversity.Config())
+    assert (found["texts"], found["changes"], found["names"]) == (1, None, None)
+    assert found["axes"]["none"] == 0, "its words tell"
+    assert "| - |" in diversity.table([{"source": "x", "actions": 1, "ideas": None} | found])
 
 
 # -------------------------------------------------------------------------------------- the report
