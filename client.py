@@ -87,6 +87,18 @@ class Endpoint:
         for name in RESERVED:
             if name in self.extra:
                 raise ValueError(f"extra.{name}: this key of a request cannot be changed")
+        budget = self.max_usd is not None or self.max_total_tokens is not None
+        if budget and not self.longest(self.extra):
+            raise ValueError("extra.max_tokens = null: a budget needs the longest reply, as max_completion_tokens")
+
+    def usd(self, tokens: tuple[int, int]) -> float:
+        """What (prompt, completion) tokens cost."""
+        return (tokens[0] * self.price_in + tokens[1] * self.price_out) / 1e6
+
+    def longest(self, keys: dict) -> int:
+        """Tokens of the longest reply that a request with these keys allows; 0: nothing says so."""
+        limits = {"max_tokens": self.max_tokens} | keys
+        return max(limits.get("max_tokens") or 0, limits.get("max_completion_tokens") or 0)
 
 
 def without_thinking(text: str) -> str:
@@ -104,8 +116,8 @@ class Reply:
 
 @dataclass
 class Usage:
-    """What one client has used. A request that may have been billed without an answer (a time-out, a connection
-    dropped in the middle) counts as long as it could have been."""
+    """What a client has used, and others before it of which it was told (`spent`). A request that may have been
+    billed without an answer (a time-out, a connection dropped in the middle) counts as long as it could have been."""
 
     requests: int = 0  # sent, retries included
     retries: int = 0
@@ -255,7 +267,7 @@ class Client:
         self.endpoint = endpoint
         self._slots = threading.Semaphore(endpoint.in_flight)
         self._change = threading.Condition()  # guards what follows
-        self._usage = Usage(prompt_tokens=spent[0], completion_tokens=spent[1], usd=self._usd(*spent))
+        self._usage = Usage(prompt_tokens=spent[0], completion_tokens=spent[1], usd=endpoint.usd(spent))
         self._reserved = [0, 0]  # the most that requests in flight may use: prompt, completion tokens
         self._told = -math.inf
         self._sockets = _Sockets()
@@ -308,7 +320,7 @@ class Client:
         body = {"model": e.model, "messages": messages, "temperature": e.temperature, "top_p": e.top_p}
         body = body | {"max_tokens": e.max_tokens} | e.extra | overrides
         body = {key: value for key, value in body.items() if value is not None}
-        longest = body.get("max_tokens") or body.get("max_completion_tokens") or e.max_tokens
+        longest = e.longest(e.extra | overrides) or e.max_tokens
         content = "".join(str(m["content"]) for m in messages)
         # No tokenizer makes more tokens than bytes; 16 for a message's frame.
         worst = (len(content.encode("utf-8", "replace")) + 16 * len(messages), longest)
@@ -351,9 +363,6 @@ class Client:
 
     # ---- budget
 
-    def _usd(self, prompt: int, completion: int) -> float:
-        return (prompt * self.endpoint.price_in + completion * self.endpoint.price_out) / 1e6
-
     def _reserve(self, worst: tuple[int, int], again: bool) -> None:
         """Set `worst` aside. Where only what is in flight stands in the way, wait until that is known."""
         with self._change:
@@ -365,7 +374,7 @@ class Client:
                 if over := self._exceeds(*alone):
                     raise BudgetSpent(
                         f"{self.endpoint.base_url}: the budget {over} does not allow another request (of up to "
-                        f"{sum(worst)} tokens): {sum(spent)} tokens and {self._usd(*spent):.4f} USD are spent"
+                        f"{sum(worst)} tokens): {sum(spent)} tokens and {self.endpoint.usd(spent):.4f} USD are spent"
                     )
                 if not self._exceeds(*(a + b for a, b in zip(alone, self._reserved))):
                     break
@@ -379,7 +388,7 @@ class Client:
         e = self.endpoint
         if e.max_total_tokens is not None and prompt + completion > e.max_total_tokens:
             return f"max_total_tokens = {e.max_total_tokens}"
-        if e.max_usd is not None and self._usd(prompt, completion) > e.max_usd:
+        if e.max_usd is not None and e.usd((prompt, completion)) > e.max_usd:
             return f"max_usd = {e.max_usd:g}"
         return ""
 
@@ -388,7 +397,7 @@ class Client:
             self._reserved = [a - b for a, b in zip(self._reserved, worst)]
             self._usage.prompt_tokens += used[0]
             self._usage.completion_tokens += used[1]
-            self._usage.usd = self._usd(self._usage.prompt_tokens, self._usage.completion_tokens)
+            self._usage.usd = self.endpoint.usd((self._usage.prompt_tokens, self._usage.completion_tokens))
             self._usage.estimated += estimated
             self._change.notify_all()
 
@@ -413,7 +422,7 @@ class Client:
                 detail = ""
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     detail = error.read(4000).decode(errors="replace")
-            raise self._refusal(error.code, error.headers, detail) from None
+            raise self._refusal(error.code, error.headers, detail, billed) from None
         except urllib.error.URLError as error:  # no connection: nothing was sent
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 raise self._error(f"{error.reason}: check base_url") from None
@@ -421,8 +430,9 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             raise _Trouble(_reason(error, e), billed=billed) from None
 
-    def _refusal(self, status: int, headers, body: str) -> Exception:
-        """The error of an answer with a status other than 200."""
+    def _refusal(self, status: int, headers, body: str, billed: tuple[int, int]) -> Exception:
+        """The error of an answer with a status other than 200; behind a gateway's time-out (408, 504) a model may
+        have written all the same."""
         e, message, code = self.endpoint, body, None
         with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
             answer = json.loads(body)
@@ -431,7 +441,7 @@ class Client:
             code = None if isinstance(inner, str) else inner.get("code")
         found = f"HTTP {status}" + f": {self._clean(str(message), 300)}".rstrip(": ")
         if (status in (408, 425, 429) or status >= 500) and code != "insufficient_quota":
-            return _Trouble(found, _retry_after(headers))
+            return _Trouble(found, _retry_after(headers), billed if status in (408, 504) else None)
         name = e.api_key_env or "api_key_env"
         fix = {
             400: "check model, max_tokens, temperature, top_p and extra",

@@ -10,7 +10,7 @@ What goes wrong on its side is a CoderFailed: not the agent's fault, so it never
 import ast
 import re
 
-from client import BudgetSpent, ChatError, Client, Reply, estimate_tokens
+from client import BudgetSpent, ChatError, Client, Reply, estimate_tokens, without_thinking
 
 PIECE_CHARS = 10_000  # longer files are read in pieces (as MLAgentBench does)
 OVERLAP_CHARS = 500  # what a piece repeats of the one before, so that nothing is cut in two unseen
@@ -73,7 +73,7 @@ def write_edit(client: Client, name: str, code: str, instruction: str, log: list
         reply = _ask(client, messages, log)
         if reply.finish == "length":
             raise CoderFailed("the coder's reply was cut off before its end")
-        new, problem = find_code(reply.text)
+        new, problem = find_code(without_thinking(reply.text))
         if not problem:
             return new
         messages.append({"role": "assistant", "content": reply.text})
@@ -85,7 +85,7 @@ def read_file(client: Client, name: str, text: str, question: str, log: list[dic
     """What the coder finds in a file; a long one is read piece by piece, and the notes are merged.
 
     Raises:
-        CoderFailed: no reply, or an empty one.
+        CoderFailed: no reply, an empty one, or one that is cut off.
         client.BudgetSpent: for the caller to stop everything.
     """
     pieces, notes, question = split_text(text), [], question.strip()
@@ -134,7 +134,10 @@ def _fence(text: str) -> str:
 
 
 def _answer(client: Client, prompt: str, log: list[dict]) -> str:
-    text = _ask(client, [{"role": "user", "content": prompt}], log).text.strip()
+    reply = _ask(client, [{"role": "user", "content": prompt}], log)
+    text = without_thinking(reply.text).strip()
+    if reply.finish == "length":
+        raise CoderFailed("the coder's reply was cut off before its end")
     if not text:
         raise CoderFailed("the coder's reply is empty")
     return text

@@ -21,7 +21,7 @@ import json
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +39,7 @@ from expert import EndpointVoice, LocalVoice, ModelExpert, Said, ScriptedExpert,
 from ideas import PoolConfig
 from records import append_rows, claim, iterate_jsonl, require_checkpoint, states_of
 from reward import Outcome
-from spend import Progress, connect, how_to_go_on, tokens_of, unaccounted, usd_of
+from spend import Progress, connect, how_to_go_on, tokens_of, unaccounted
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ class Played:
 class Collector:
     """What all trajectories of a run share. `play` is thread-safe. Raises config.UserError, tasks.TaskError."""
 
-    def __init__(self, cfg: Config, names: tuple[str, ...], env: Environment, voice: EndpointVoice | LocalVoice | None):
-        self.cfg, self.names, self.env, self.voice = cfg, names, env, voice
+    def __init__(self, cfg: Config, names: tuple[str, ...], env: Environment):
+        self.cfg, self.names, self.env = cfg, names, env
+        self.voice: EndpointVoice | LocalVoice | None = None  # of an LLM expert
         self.pools = {name: pool_of(tasks.load(name), cfg) for name in names}
         for name, pool in self.pools.items():
             self.expert(tasks.load(name), pool, 0)  # complains about ideas that it cannot carry out
@@ -276,7 +277,9 @@ def open_voice(cfg: Config, env: Environment, spent: tuple[int, int]) -> Endpoin
     if cfg.expert == "scripted":
         return None
     if cfg.expert == "endpoint":
-        return EndpointVoice(connect(cfg.endpoint, spent), cfg.agent)
+        # A longer reply could be learned by nobody: acting is cut off there.
+        longest = min(cfg.endpoint.max_tokens, cfg.agent.max_new_tokens)
+        return EndpointVoice(connect(replace(cfg.endpoint, max_tokens=longest), spent), cfg.agent)
     local = cfg.local
     require_checkpoint(local.checkpoint, "give a Hugging Face directory or hub id as collect.local.checkpoint")
     from rollout import Sampling, load_policy  # late: they import torch, which the other experts do not need
@@ -330,8 +333,8 @@ def collect_trajectories(cfg: Config) -> None:
     todo = [i for i in range(cfg.trajectories) if i not in tally.done]
     with ExitStack() as stack:
         env = stack.enter_context(Environment(cfg.agent, cfg.sandbox, Path("runs") / "cache"))
-        voice = open_voice(cfg, env, tally.spent) if todo else None
-        collector = Collector(cfg, names, env, voice)
+        collector = Collector(cfg, names, env)
+        voice = collector.voice = open_voice(cfg, env, tally.spent) if todo else None
         if voice:
             stack.callback(voice.close)
         print(f"sandbox tier {env.pool.tier}, {len(todo)} trajectories to go, {len(tally.done)} done", flush=True)
@@ -358,16 +361,22 @@ def collect_trajectories(cfg: Config) -> None:
     )
     if voice:
         prompt, completion = tally.spent
-        cost = f", {usd_of(cfg.endpoint, tally.spent):.2f} USD" if client else ""
+        cost = f", {cfg.endpoint.usd(tally.spent):.2f} USD" if client else ""
         print(
             f"{prompt} prompt and {completion} completion tokens{cost}; "
             f"{tally.asked_again} replies to {tally.steps} asked again"
         )
+    if env.coder:
+        used = env.coder.usage
+        tokens = f"{used.prompt_tokens} prompt and {used.completion_tokens} completion tokens"
+        print(f"the coder: {tokens}, {used.usd:.2f} USD in this process")
+    left = cfg.trajectories - done
     if reason:
-        left = cfg.trajectories - done
         raise config.UserError(
             f"{reason}{how_to_go_on(reason)} ({left} trajectories to go; the others are in {folder})"
         )
+    if left > 0:
+        print(f"{left} trajectories to go: {folder / 'dropped.jsonl'} says why; the same command plays them again")
 
 
 def main():

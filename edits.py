@@ -4,6 +4,7 @@ Word lists and line diffs, no grammar and no model: coarse, the same for every s
 """
 
 import difflib
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -36,18 +37,18 @@ def edits_of(task: str, steps: list[dict], cfg: AgentConfig) -> list[Edit]:
             action = parse_reply(step["reply"], cfg)
         except (InvalidFormat, InvalidAction):
             continue
-        path = action.args.get("script_name", "")
+        path = os.path.normpath(action.args.get("script_name", ""))
         if action.name == "Undo Edit Script" and undo.get(path):
             files = {**files, path: undo[path].pop()}
         if action.name != "Edit Script" or path not in files:
             continue
-        if step.get("outcome") in ("coder_failed", "invalid_action"):
+        if step.get("outcome") in ("coder_failed", "invalid_action", "invalid_format"):
             continue  # nothing changed
         text, after = action.thought.get("Thought", ""), None
         if cfg.edit_mode == "instruct":
             text = action.args["edit_instruction"]
             if t + 1 < len(steps):
-                after = steps[t + 1].get("files", {}).get(action.args["save_name"])
+                after = steps[t + 1].get("files", {}).get(os.path.normpath(action.args["save_name"]))
         else:
             try:
                 after = apply_edit(files[path], action, cfg)
@@ -146,7 +147,7 @@ def added_lines(edit: Edit) -> list[str]:
 
 def new_names(edit: Edit) -> set[str]:
     """Identifiers in the added code that the script did not have."""
-    return set(re.findall(r"[A-Za-z_]\w+", "\n".join(added_lines(edit)))) - set(re.findall(r"\w+", edit.before))
+    return set(re.findall(r"[A-Za-z_]\w*", "\n".join(added_lines(edit)))) - set(re.findall(r"\w+", edit.before))
 
 
 def axis_of(edit: Edit) -> str | None:

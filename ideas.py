@@ -31,7 +31,7 @@ import config
 import tasks
 from client import ChatError, Client, without_thinking
 from records import append_rows, claim, read_jsonl
-from spend import Progress, connect, how_to_go_on, tokens_of, unaccounted, usd_of
+from spend import Progress, connect, how_to_go_on, tokens_of, unaccounted
 
 STALLED = 4  # requests in a row without a new idea: the axis is exhausted
 ASK_AGAIN = 2  # more attempts after a reply that is no list of ideas
@@ -70,7 +70,7 @@ class PoolConfig:
     max_requests: int = 60  # for one task; whatever the pool holds then is used
     encoder: str = "sentence-transformers/all-MiniLM-L6-v2"  # a directory or hub id of a sentence encoder
     distance: Literal["cosine", "euclidean"] = "cosine"
-    same: float = 0.1  # ideas at most this far apart are one idea
+    same: float = 0.1  # ideas at most this far apart are one idea (cosine 0.1 is euclidean 0.45)
     method: Literal["fps", "mean_distance"] = "fps"  # how the subset is chosen: paper v2 | v1
     by_axis: bool = True  # choose within each axis (paper v2), or from the whole pool of a task (v1)
     keep: int = 10  # ideas that are chosen, of each axis or of the whole pool (paper v1: 10; v2 does not say)
@@ -386,10 +386,14 @@ def make(cfg, folder: Path) -> None:
     claim(folder, PoolClaim(cfg.endpoint.model, cfg.pool), ignore=MAY_CHANGE)
     encoder = Encoder(cfg.pool.encoder)
     pools = [Pool(tasks.load(name), folder / f"{name}.jsonl", encoder, cfg.pool) for name in names]
-    path = folder / "lost.jsonl"  # what requests cost that gave no row
-    lost = read_jsonl(path, repair=True) if path.exists() else []
+    lost = folder / "lost.jsonl"  # what requests cost that gave no row
+
+    def spent() -> tuple[int, int]:
+        """Of all tasks that this directory has seen."""
+        return tokens_of([row for path in folder.glob("*.jsonl") for row in read_jsonl(path, repair=True)])
+
     if any(pool.next_axis() for pool in pools):
-        client = connect(cfg.endpoint, tokens_of([*lost, *(row for pool in pools for row in pool.rows)]))
+        client = connect(cfg.endpoint, spent())
         size = len(AXES) * -(-cfg.pool.size // len(AXES))
         progress = Progress("ideas", size * len(pools), sum(len(pool.ideas) for pool in pools), client)
         try:
@@ -398,21 +402,20 @@ def make(cfg, folder: Path) -> None:
             raise config.UserError(f"{error}{how_to_go_on(error)} (all ideas so far are in {folder})") from None
         finally:
             progress.close()
-            told = tokens_of([*lost, *(row for pool in pools for row in pool.rows)])
-            lost.append(unaccounted(client, told))
-            append_rows(path, lost[-1:])
+            append_rows(lost, [unaccounted(client, spent())])
     for pool in pools:
         if not pool.ideas:
             raise config.UserError(f"{pool.task.name}: no reply held ideas (see {pool.path}): try another model")
         for axis in AXES:
             if len(pool.texts(axis)) < -(-cfg.pool.size // len(AXES)):
-                print(f"{pool.task.name}: only {len(pool.texts(axis))} ideas on the axis {axis}: nothing new came")
+                reason = "nothing new came" if pool.exhausted(axis) else f"after {cfg.pool.max_requests} requests"
+                print(f"{pool.task.name}: only {len(pool.texts(axis))} ideas on the axis {axis}: {reason}")
     report = [row for pool in pools for row in spread(pool, write_subset(pool, folder), cfg.seed)]
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     rows = [row for pool in pools for row in pool.rows]
-    tokens = tokens_of([*rows, *lost])
+    tokens = spent()
     print(f"\n{table(report, cfg.pool.distance)}\n")
     print(
         f"{sum(len(pool.ideas) for pool in pools)} ideas from {len(rows)} requests, {sum(tokens)} tokens, "
-        f"{usd_of(cfg.endpoint, tokens):.2f} USD; the chosen ones are in {folder}"
+        f"{cfg.endpoint.usd(tokens):.2f} USD; the chosen ones are in {folder}"
     )

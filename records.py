@@ -1,9 +1,10 @@
 """What runs leave on disk: run directories, JSONL files, and the states of a trajectory row.
 
-A directory belongs to one configuration (`claim`). JSONL files are append-only, one object a line; a killed
-run leaves at most one half line, at the end, which `read_jsonl(repair=True)` cuts off.
+A directory belongs to one configuration and, while it runs, to one process (`claim`). JSONL files are append-only, one
+object a line; a killed run leaves at most one half line, at the end, which `read_jsonl(repair=True)` cuts off.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -22,9 +23,10 @@ def claim(folder: Path, cfg, ignore: tuple[str, ...] = ()) -> None:
     Keys in `ignore` (how long, how fast) may differ between a run and its continuation: "seed", or "endpoint.retries"
     of a mapping. A key that the folder does not know, since it is older, has its default there.
 
-    Raises config.UserError naming the first key that differs.
+    Raises config.UserError naming the first key that differs, or that another process works in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _lock(folder)
     path = folder / "config.yaml"
     if path.exists():
         new = _flat(config.to_dict(cfg))
@@ -40,6 +42,29 @@ def claim(folder: Path, cfg, ignore: tuple[str, ...] = ()) -> None:
                 )
     config.save(cfg, path)
     print(f"configuration: {path}", flush=True)
+
+
+_locked: set[tuple[int, int]] = set()  # device and inode of what this process has locked
+
+
+def _lock(folder: Path) -> None:
+    """Two processes would do everything twice, and pay for it. Of torchrun's ranks the main one alone claims.
+
+    The lock goes when the process does, whatever ends it.
+    """
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    stat = os.fstat(descriptor)
+    if (stat.st_dev, stat.st_ino) in _locked:
+        os.close(descriptor)
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise config.UserError(f"another process works in {folder}: wait for it, or stop it") from None
+    except OSError:  # a file system without locks
+        pass
+    _locked.add((stat.st_dev, stat.st_ino))
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

@@ -3,7 +3,7 @@
 A budget (endpoint.max_usd, max_total_tokens) holds for a directory: the rows in it say what they cost, and a run that
 continues it gets the rest. What belongs to no row, of episodes under way when a process ended and the first tiny
 request of each start, is written down at the end (`unaccounted`); only a process that is killed (SIGKILL, a machine
-that fails) leaves that much uncounted.
+that fails), or that finds no endpoint to start with, leaves that much uncounted.
 """
 
 import sys
@@ -22,20 +22,16 @@ def tokens_of(rows: list[dict]) -> tuple[int, int]:
     return sum(row.get("prompt_tokens", 0) for row in rows), sum(row.get("completion_tokens", 0) for row in rows)
 
 
-def usd_of(endpoint: Endpoint, tokens: tuple[int, int]) -> float:
-    return (tokens[0] * endpoint.price_in + tokens[1] * endpoint.price_out) / 1e6
-
-
 def connect(endpoint: Endpoint, spent: tuple[int, int]) -> Client:
     """A client that has answered once and may spend what `spent` leaves of the budget.
 
     Raises config.UserError with what to fix.
     """
-    for key, used in (("max_total_tokens", sum(spent)), ("max_usd", usd_of(endpoint, spent))):
+    for key, used in (("max_total_tokens", sum(spent)), ("max_usd", endpoint.usd(spent))):
         limit = getattr(endpoint, key)
         if limit is not None and used >= limit:
             raise config.UserError(
-                f"the budget is spent ({sum(spent)} tokens, {usd_of(endpoint, spent):.4f} USD): to go on, raise "
+                f"the budget is spent ({sum(spent)} tokens, {endpoint.usd(spent):.4f} USD): to go on, raise "
                 f"collect.endpoint.{key} and run the same command"
             )
     client = Client(endpoint, spent)
@@ -84,7 +80,8 @@ class Progress:
             return ""
         usage = self.client.usage
         tokens = usage.prompt_tokens + usage.completion_tokens
-        return f"{tokens / 1e3:.0f}k tokens, {usage.usd:.2f} USD, {usage.retries} retries"
+        guess = f", {usage.estimated} replies of unknown length" if usage.estimated else ""
+        return f"{tokens / 1e3:.0f}k tokens, {usage.usd:.2f} USD, {usage.retries} retries{guess}"
 
     def close(self) -> None:
         self.bar.close()

@@ -337,6 +337,20 @@ def test_requests_in_flight_count_as_the_most_that_they_may_use(server):
     assert len(server.requests) == 5 and len(spent) == 3 and server.most_active == 2
 
 
+def test_the_longest_reply_that_a_request_allows_is_set_aside():
+    for extra, longest in (({}, 10), ({"max_completion_tokens": 70}, 70), ({"max_tokens": 3}, 3)):
+        assert Endpoint("http://localhost:1/v1", "m", max_tokens=10).longest(extra) == longest
+    both = {"max_tokens": None, "max_completion_tokens": 7}
+    assert Endpoint("http://localhost:1/v1", "m", max_total_tokens=99, extra=both).longest(both) == 7
+
+
+def test_behind_a_gateways_time_out_a_model_may_have_written(server):
+    server.answers = [Answer(status=504)]
+    client = connect(server, max_tokens=50)
+    client.chat([{"role": "user", "content": "four"}])
+    assert client.usage.completion_tokens == 50 + 1 and client.usage.estimated == 1
+
+
 def test_requests_that_may_have_been_billed_count_against_the_budget(server):
     server.answer = Answer("hello", cut=5)
     client = connect(server, max_tokens=10, max_total_tokens=100, retries=6)
@@ -369,6 +383,7 @@ def test_requests_that_may_have_been_billed_count_against_the_budget(server):
         ({"max_usd": 1.0}, "needs price_in and price_out"),
         ({"max_total_tokens": 0}, "max_total_tokens = 0"),
         ({"extra": {"stream": True}}, "extra.stream"),
+        ({"extra": {"max_tokens": None}, "max_total_tokens": 9}, "a budget needs the longest reply"),
     ],
 )
 def test_an_endpoint_checks_itself(keys, reason):

@@ -1,6 +1,8 @@
 """Collection: the scripted expert, renamed copies, and the files that a run leaves."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +20,7 @@ from client import Endpoint
 from copies import rename
 from environment import Episode, Experiment, initial_state, transition
 from reward import Outcome
+from run_kit import ROOT
 
 NAMES = {"X": "features", "model": "clf", "y": "t"}
 FORMATS = [AgentConfig(edit_format=f) for f in ("lines", "search_replace", "file")]
@@ -118,6 +121,16 @@ def test_states_are_written_for_originals_only(tmp_path):
     assert [r["id"] for r in rows] == [f"{index}.0.{t}" for index in (2, 4, 10) for t in range(3)], "as if none overtook"
 
 
+def test_a_directory_is_one_process_at_a_time(tmp_path):
+    cfg = collect.Config(run="x")
+    records.claim(tmp_path, cfg)
+    records.claim(tmp_path, cfg)  # the same process again
+    other = "import pathlib, sys, collect, records; records.claim(pathlib.Path(sys.argv[1]), collect.Config(run='x'))"
+    for folder, ending in ((tmp_path, f"UserError: another process works in {tmp_path}"), (tmp_path / "b", "")):
+        done = subprocess.run([sys.executable, "-c", other, folder], cwd=ROOT, capture_output=True, text=True)
+        assert ending in done.stderr and done.returncode == bool(ending)
+
+
 def test_a_half_line_is_cut_off_and_a_broken_one_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     records.append_rows(path, [{"a": 1}, {"a": 2}])
@@ -190,7 +203,7 @@ def test_the_scripted_expert_plays_as_a_plain_loop_does(keep_ideas):
     agent = AgentConfig(edit_format="lines", thought="short")
     cfg = collect.Config(run="x", seed=3, tasks=("m-concrete", "m-ames"), agent=agent, keep_ideas=keep_ideas)
     env = Scores(agent)
-    collector = collect.Collector(cfg, cfg.tasks, env, None)
+    collector = collect.Collector(cfg, cfg.tasks, env)
     for index in range(12):
         rng = np.random.default_rng([3, index])
         task = tasks.load(cfg.tasks[index % 2])
@@ -214,7 +227,7 @@ def test_the_scripted_expert_plays_as_a_plain_loop_does(keep_ideas):
 def test_without_ideas_the_scripted_expert_has_one_habit_an_axis():
     agent = AgentConfig(edit_format="lines", thought="short")
     cfg = collect.Config(run="x", tasks=("m-concrete",), agent=agent, ideas_from="none")
-    collector = collect.Collector(cfg, cfg.tasks, Scores(agent), None)
+    collector = collect.Collector(cfg, cfg.tasks, Scores(agent))
     rows = [collector.play(index).rows[0] for index in range(40)]
     tried = {(i["axis"], i["text"]) for row in rows for i in row["ideas"]}
     first = {}

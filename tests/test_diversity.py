@@ -89,7 +89,7 @@ def test_without_blocks_words_decide(text, code, axis):
 
 def test_names_are_those_that_the_script_did_not_have():
     edit = Edit(NAME, "", "import numpy as np\nx = np.zeros(3)\n", "import numpy as np\nx = np.ones(3)\ny = x\n")
-    assert new_names(edit) == {"ones"} | set()
+    assert new_names(edit) == {"ones", "y"}
     assert edits.added_lines(edit) == ["x = np.ones(3)", "y = x"]
 
 

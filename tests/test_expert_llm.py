@@ -23,7 +23,7 @@ import config
 import records
 import tasks
 from agent import AgentConfig, PromptTooLong, State, parse_reply
-from client import Endpoint
+from client import Client, Endpoint
 from environment import Experiment
 from expert import EndpointVoice, LocalVoice, ModelExpert, Said, Spoken, tidy
 from fake_server import Answer, FakeServer
@@ -140,8 +140,8 @@ def test_the_prompt_of_an_endpoint_keeps_to_the_limit():
 class Box:
     """Stands in for collect.Environment: every script scores by its depth, at once."""
 
-    def __init__(self, cfg, box, cache):
-        self.cfg, self.part, self.coder, self.workers = cfg, "reward", None, 2
+    def __init__(self, cfg, box, cache, coder=None):
+        self.cfg, self.part, self.coder, self.workers = cfg, "reward", coder, 2
         self.counts = {"experiments": 0, "cache_hits": 0}
         self.pool = type("Pool", (), {"tier": "fake"})
 
@@ -318,6 +318,33 @@ def test_a_server_that_is_down_for_a_while_is_waited_for(run):
     assert [row["index"] for row in rows] == list(range(12))
 
 
+def test_an_expert_that_instructs_a_coder(run, monkeypatch, capsys):
+    """The paper's way: two LLMs, over two connections; what the coder was asked and replied is kept."""
+
+    def instruct(body: dict) -> str:
+        done = sum(m["role"] == "assistant" for m in body["messages"])
+        args = {"script_name": "train.py", "edit_instruction": f"depth {5 + done}", "save_name": "train.py"}
+        return FINAL if done >= 2 else f"Thought: deeper\nAction: Edit Script\nAction Input: {json.dumps(args)}"
+
+    def obey(body: dict) -> str:
+        prompt = body["messages"][0]["content"]
+        code, depth = re.search(r"(?s)```python\n(.*?)```.*depth (\d+)", prompt).groups()
+        code = re.sub(r"max_depth=\d+", f"max_depth={depth}", code)
+        return f"<think>\n```\nx = 1\n```\n</think>\n```python\n{code}```"
+
+    with FakeServer(obey) as coder, Client(Endpoint(coder.url, "coder", price_in=1.0, price_out=1.0)) as client:
+        monkeypatch.setattr(collect, "Environment", lambda *args: Box(*args, coder=client))
+        run.server.answer = instruct
+        rows = run(agent=replace(CFG, edit_mode="instruct", coder=client.endpoint), trajectories=3)
+        used = client.usage
+    assert [[s["outcome"] for s in row["steps"]] for row in rows] == [["ok_edit", "ok_edit", "final"]] * 3
+    for row in rows:
+        first, second = (step["coder"] for step in row["steps"][:2])
+        assert "depth 5" in first[0]["prompt"] and "max_depth=6" in second[0]["reply"]
+        assert "max_depth=6" in row["messages"][4]["content"], "the agent sees the difference"
+    assert f"the coder: {used.prompt_tokens} prompt and {used.completion_tokens} completion" in capsys.readouterr().out
+
+
 def test_a_budget_stops_it_and_holds_over_restarts(run, capsys):
     endpoint = replace(run.cfg.endpoint, max_tokens=50, max_total_tokens=6000)
     with pytest.raises(config.UserError, match=r"max_total_tokens = .*raise collect.endpoint.max_usd"):
@@ -399,7 +426,7 @@ def command(folder: Path, url: str, real: bool) -> dict:
         "trajectories": 8,
         "max_steps": 5,
         "expert": "endpoint",
-        "endpoint": {"base_url": url, "model": "fake", "retries": 2, "in_flight": 2},
+        "endpoint": {"base_url": url, "model": "fake", "retries": 2, "in_flight": 2, "max_tokens": 1},
         "agent": {"thought": "short", "edit_format": "lines"},
         "sandbox": {"allow_weak": True, "workers": 1},
     }

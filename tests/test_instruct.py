@@ -306,10 +306,11 @@ def test_data_can_be_read_and_nothing_outside(env, start, server):
 
 @needs_data
 def test_a_coder_that_cannot_read_has_failed(env, start, server):
-    server.answers = [Answer("", finish="length")]
     reply = say(env, "Understand File", file_name="train.py", things_to_look_for="x")
-    step = transition(start, reply, env)
-    assert step.outcome is Outcome.CODER_FAILED and "empty" in step.feedback
+    for answer, reason in ((Answer("a line", finish="length"), "cut off"), (Answer("<think>x</think>\n"), "empty")):
+        server.answers = [answer]
+        step = transition(start, reply, env)
+        assert step.outcome is Outcome.CODER_FAILED and reason in step.feedback
     server.answers = [Answer(status=500)] * 2
     assert transition(start, reply, env).outcome is Outcome.CODER_FAILED
 
