@@ -247,13 +247,14 @@ class StatePool:
         return chosen
 
     def remember(self, rollouts: list[Rollout], policy: Policy) -> None:
-        """Keep the states that the policy's actions led to, the newest four steps' worth: what an episode goes on
-        from, failed edits and unreadable replies included. COLLECTIVE."""
+        """Keep the states that edits which ran have led to, the newest four steps' worth. COLLECTIVE.
+
+        States after mistakes are left out: in them Final Answer pays 0 and an edit risks -1, so that a policy which
+        trains on them learns to give up after its first mistake.
+        """
         if self.cfg.own_share:
-            ended = (Outcome.FINAL, Outcome.INTERNAL)
-            steps = [r.step for r in rollouts if r.step.outcome not in ended and not r.step.truncated]
-            new = [replace(step.state, source="policy") for step in steps]
-            new = [s for s in new if s.step < self.cfg.max_steps and policy.fits(s)]
+            new = [r.step.state for r in rollouts if r.step.outcome is Outcome.OK_EDIT]
+            new = [replace(s, source="policy") for s in new if s.step < self.cfg.max_steps and policy.fits(s)]
             for part in dist.gather_objects(new):
                 self.own += part
             self.own = self.own[-4 * self.cfg.states_per_step :]

@@ -43,34 +43,29 @@ def test_the_pool_filters_and_names_bad_rows(prepared):
         pool([make_state(0) | {"files": {}}])
 
 
-def test_the_pool_remembers_where_an_episode_would_go_on(prepared):
-    """Mistakes too: a policy that never acts after a failed edit in training does not know how in an episode."""
+def test_the_pool_remembers_where_edits_that_ran_have_led(prepared):
 
     class Fits:
         fits = staticmethod(lambda state: state.messages[0]["content"] != "too long")
 
-    def acted(outcome, step=1, cut=False, text="task"):
+    def acted(outcome, step=1, text="task"):
         message = {"role": "user", "content": text}
         state = State(NAME, [message], {"train.py": "x = 1\n"}, 0.3, step, {}, "expert", f"{outcome}.{step}")
-        reached = Transition(state, None, outcome, "", 0.3, None, truncated=cut)
+        reached = Transition(state, None, outcome, "", 0.3, None)
         return Rollout(state, [], [], [], "stop", reached)
 
-    going_on = [o for o in Outcome if o not in (Outcome.FINAL, Outcome.INTERNAL)]
-    rollouts = [acted(o) for o in Outcome]
-    rollouts += [
-        acted(Outcome.INVALID_FORMAT, cut=True),
-        acted(Outcome.OK_EDIT, step=3),
-        acted("ok_edit", text="too long"),
-    ]
+    rollouts = [acted(o) for o in Outcome for _ in range(3)]
+    rollouts += [acted(Outcome.OK_EDIT, step=3), acted("ok_edit", text="too long")]
     off, on = (pool([make_state(0)], own_share=share, states_per_step=5, max_steps=3) for share in (0.0, 0.5))
     off.remember(rollouts, Fits())
     on.remember(rollouts, Fits())
-    assert off.own == [] and [s.id for s in on.own] == [f"{o}.1" for o in going_on]
+    assert off.own == [] and [s.id for s in on.own] == ["ok_edit.1"] * 3
     assert {s.source for s in on.own} == {"policy"}
     drawn = on.draw(0, 200)
     assert 60 < sum(s.source == "policy" for s in drawn) < 140
     assert all(s.source == "expert" for s in on.draw(0, 200, salt=100)), "evaluation keeps to the expert's"
-    on.remember(rollouts, Fits())
+    for _ in range(8):
+        on.remember(rollouts, Fits())
     assert len(on.own) == 20, "four steps of five states"
 
 
