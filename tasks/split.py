@@ -1,6 +1,10 @@
 """What the prepare.py files of the paper suite share: the benchmarks' splits, and the hidden answers.
 
-A prepared task shows scripts what the benchmark shows (`public`), under the benchmark's file names.
+A prepared task shows scripts (`public`) the same rows as the benchmark, mostly under the same names. What differs:
+- archives are unpacked to folders, and statoil's JSON, ogbn-arxiv's tables and cifar-10's batches are arrays;
+- cifar-10 wants one label an image, not ten columns; ogbn-arxiv and insults have ids, which the benchmarks lack;
+- tabular-playground's rows stay in file order; jigsaw's test comments are the scored ones alone;
+- the tabular and text tasks and denoising have no sample submission: their descriptions say what is wanted.
 """
 
 import math

@@ -1,9 +1,9 @@
 """The paper's image and graph tasks, each on a miniature of its download, and the readers of raw files.
 
-The miniatures hold the official names, layouts and nested archives, but tiny images of noise. What is
-checked: the benchmark's split (against scikit-learn's function and the published counts), that every
-image keeps its own label through renaming and shuffling, that the answers are hidden, and that the
-starter runs in the sandbox and is scored.
+The miniatures hold the official names, layouts and nested archives, but tiny images: noise, lighter or
+darker by their label. What is checked: the benchmark's split (against scikit-learn's function and the
+published counts), that every image keeps its own label through renaming and shuffling, that the answers
+are hidden, and that the starter runs in the sandbox and beats a constant answer.
 """
 
 import dataclasses
@@ -12,7 +12,9 @@ import gzip
 import importlib.util
 import io
 import json
+import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,7 +24,7 @@ from sklearn.model_selection import train_test_split
 
 import tasks
 from paper_kit import answers, assert_hidden, pool, prepare, run_starter, split_rows, unzipped, zipped  # noqa: F401
-from tasks import raw, split, submission
+from tasks import raw, submission
 
 CACTUS, DOGS = "aerial-cactus-identification", "dogs-vs-cats-redux-kernels-edition"
 PLANT, LEAF = "plant-pathology-2020-fgvc7", "leaf-classification"
@@ -39,23 +41,32 @@ def module(name):
     return found
 
 
-def picture(number, size=(16, 16), mode="RGB", kind="JPEG"):
-    """Bytes of an image file of noise, another one for each number."""
+def noise(number, size, mode="RGB"):
+    """Pixels of an image of noise, another one for each number."""
     shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
-    pixels = np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+    return np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+
+
+def image_file(pixels, kind="JPEG"):
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
+    Image.fromarray(np.uint8(pixels)).save(buffer, kind)
     return buffer.getvalue()
 
 
-# --- miniatures: the members of the downloaded archive, and what the starter's score must lie between ---
+def picture(number, size=(16, 16), mode="RGB", light=0.5):
+    """Bytes of an image file of noise around a colour: `light`, from 0 to 1, may be one for each of R, G, B."""
+    return image_file(0.2 * noise(number, size, mode) + 200 * np.array(light))
+
+
+# --- miniatures: the members of the downloaded archive, and the score that the starter must beat ---
 
 
 def cactus():
     rng = np.random.default_rng(0)
-    names = [f"{rng.integers(1 << 62):032x}.jpg" for _ in range(60)]
-    table = pd.DataFrame({"id": names, "has_cactus": [int(i % 4 > 0) for i in range(60)]})
-    images = {f"train/{name}": picture(i, (32, 32)) for i, name in enumerate(names)}
+    names = [f"{rng.integers(1 << 62):032x}.jpg" for _ in range(200)]
+    table = pd.DataFrame({"id": names, "has_cactus": [int(i % 4 > 0) for i in range(200)]})
+    lights = table["has_cactus"]
+    images = {f"train/{name}": picture(i, (32, 32), light=lights[i]) for i, name in enumerate(names)}
     return {
         "train.csv": table,
         "train.zip": images,
@@ -65,8 +76,11 @@ def cactus():
 
 
 def dogs():
-    names = [f"{animal}.{i}.jpg" for animal in ("cat", "dog") for i in range(30)]
-    images = {f"train/{n}": picture(i, (50 + i, 40), "L" if i == 3 else "RGB") for i, n in enumerate(names)}
+    names = [f"{animal}.{i}.jpg" for animal in ("cat", "dog") for i in range(100)]
+    images = {
+        f"train/{n}": picture(i, (50 + i % 60, 40), "L" if i == 3 else "RGB", n.startswith("dog"))
+        for i, n in enumerate(names)
+    }
     return {"train.zip": images, "test.zip": {"test/1.jpg": picture(0)}, "sample_submission.csv": "id,label\n1,0.5\n"}
 
 
@@ -75,7 +89,8 @@ def plant(rows=120):
     kinds[train_test_split(np.arange(rows), test_size=0.1, random_state=0)[1]] = np.arange(rows // 10) % 4
     table = pd.DataFrame(np.eye(4, dtype=int)[kinds], columns=["healthy", "multiple_diseases", "rust", "scab"])
     table.insert(0, "image_id", [f"Train_{i}" for i in range(rows)])
-    images = {f"images/Train_{i}.jpg": picture(i, (24, 16)) for i in range(rows)}
+    lights = np.array([[0, 1, 0], [1, 1, 0], [1, 0, 0], [0, 0, 1]])  # a colour for each kind
+    images = {f"images/Train_{i}.jpg": picture(i, (24, 16), light=lights[kind]) for i, kind in enumerate(kinds)}
     return {"train.csv": table, "test.csv": "image_id\nTest_0\n", "images/Test_0.jpg": picture(0), **images}
 
 
@@ -91,7 +106,8 @@ def leaf():
 
 def ice_records(rows=40):
     rng = np.random.default_rng(0)
-    bands, angles = rng.normal(-20, 4, (rows, 2, 75 * 75)).round(3), rng.normal(39, 4, rows).round(4)
+    bands, angles = rng.normal(-20, 4, (rows, 2, 75 * 75)), rng.normal(39, 4, rows).round(4)
+    bands = (bands + 8 * (np.arange(rows) // 2 % 2)[:, None, None]).round(3)  # icebergs are brighter
     return [{"id": f"{i:08x}", "band_1": bands[i, 0].tolist(), "band_2": bands[i, 1].tolist(),
              "inc_angle": "na" if i % 7 < 2 else angles[i], "is_iceberg": i // 2 % 2} for i in range(rows)]  # fmt: skip
 
@@ -115,30 +131,35 @@ def seven_zip(members):
 
 
 def whale():
-    sizes = [1] * 30 + [2] * 10 + [3] * 6 + [20]
+    sizes = [1] * 10 + [2] * 2 + [3] * 2 + [120, 120]
     ids = np.repeat([f"w_{i:07x}" for i in range(len(sizes) - 1)] + ["new_whale"], sizes)
     ids = np.random.default_rng(0).permutation(ids)
     table = pd.DataFrame({"Image": [f"{i:08x}.jpg" for i in range(len(ids))], "Id": ids})
-    images = {f"train/{n}": picture(i, (40, 20), "L" if i % 3 else "RGB") for i, n in enumerate(table["Image"])}
+    lights = ids == "new_whale"  # so that two whales of many can be told apart; of the others there are too few
+    images = {
+        f"train/{n}": picture(i, (40, 20), "L" if i % 3 else "RGB", lights[i]) for i, n in enumerate(table["Image"])
+    }
     return {"train.csv": table, **images, "test/ff.jpg": picture(0)}
 
 
 def pages():
     dirty, clean = {}, {}
-    for i in range(1, 11):  # 10.png is sorted before 2.png
-        size = (24, 18) if i < 6 else (24, 12)
-        dirty[f"train/{i}.png"] = picture(i, size, "L", "PNG")
-        clean[f"train_cleaned/{i}.png"] = picture(i + 100, size, "L", "PNG")
+    for i in range(1, 31):  # 10.png is sorted before 2.png
+        size = (24, 18) if i % 2 else (24, 12)
+        paper = noise(i + 100, size, "L")
+        dirty[f"train/{i}.png"] = image_file(0.8 * paper + 0.2 * noise(i, size, "L"), "PNG")
+        clean[f"train_cleaned/{i}.png"] = image_file(paper, "PNG")
     sample = {"sampleSubmission.csv": "id,value\n1_1_1,1\n"}
     return {"train.zip": dirty, "train_cleaned.zip": clean, "test.zip": {"test/11.png": picture(0)},
             "sampleSubmission.csv.zip": sample}  # fmt: skip
 
 
-def cifar(rows=20):
+def cifar(rows=200):
     rng, buffer = np.random.default_rng(0), io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", "batches.meta.txt"]:
-            data = np.column_stack([rng.permutation(rows) % 10, rng.integers(0, 256, (rows, 3072))])
+            labels = rng.permutation(rows)[:, None] % 2 * 6 + 1  # two classes of the ten, one of them lighter
+            data = np.hstack([labels, rng.integers(0, 100, (rows, 3072)) + 20 * labels])
             data = data.astype(np.uint8).tobytes() if name.endswith("bin") else b"airplane\n"
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             info.size = len(data)
@@ -149,10 +170,12 @@ def cifar(rows=20):
 def arxiv_tables(nodes=60):
     rng = np.random.default_rng(0)
     order = rng.permutation(nodes)
+    labels = rng.permutation(nodes)[:, None] % 4 * 13
+    features = rng.normal(0, 1, (nodes, 128)) + 9 * (labels == np.arange(128) % 40)
     return {
         "raw/edge": rng.integers(0, nodes, (150, 2)),
-        "raw/node-feat": rng.normal(0, 1, (nodes, 128)).round(6),
-        "raw/node-label": rng.permutation(nodes)[:, None] % 40,
+        "raw/node-feat": features.round(6),
+        "raw/node-label": labels,
         "raw/node_year": rng.integers(1971, 2021, (nodes, 1)),
         "raw/num-node-list": np.array([[nodes]]),
         "split/time/train": order[:30, None],
@@ -168,8 +191,10 @@ def arxiv():
 
 MAKERS = {CACTUS: cactus, DOGS: dogs, PLANT: plant, LEAF: leaf, ICE: ice, WHALE: whale, PAGES: pages,
           CIFAR: cifar, ARXIV: arxiv}  # fmt: skip
-ROWS = {CACTUS: (48, 12), DOGS: (54, 6), PLANT: (108, 12), LEAF: (72, 8), ICE: (32, 8), CIFAR: (100, 20),
-        PAGES: (8, 18 * 24 + 12 * 24), ARXIV: (30, 20)}  # fmt: skip
+ROWS = {CACTUS: (162, 38), DOGS: (180, 20), PLANT: (108, 12), LEAF: (72, 8), ICE: (32, 8), CIFAR: (1000, 200),
+        PAGES: (24, (3 * 18 + 3 * 12) * 24), ARXIV: (30, 20)}  # fmt: skip
+# A score that the starter must beat on its miniature: clearly better than any constant answer.
+NAIVE = {CACTUS: 0.8, DOGS: 0.6, PLANT: 0.7, LEAF: 1.0, ICE: 0.6, WHALE: 0.75, PAGES: 0.2, CIFAR: 0.7, ARXIV: 0.5}
 
 
 def download(name, tmp_path):
@@ -195,12 +220,11 @@ def ready(tmp_path, monkeypatch):
 def test_starter_runs_and_is_scored(name, ready, pool, capsys):  # noqa: F811
     task = ready(name)
     assert "warning: " in capsys.readouterr().err  # of the few rows
-    secrets = [picture(int(page) + 100, (24, height), "L", "PNG") for page, height in test_pages(task)]
+    secrets = [image_file(noise(int(page) + 100, (24, height), "L"), "PNG") for page, height in test_pages(task)]
     assert_hidden(task, secrets)
     one_thread = dataclasses.replace(task, limits=task.limits | {"threads": 1})
     run = run_starter(one_thread, pool)
-    low, high = {"rmse": (0, 1), "log_loss": (0, 9), "multi_log_loss": (0, 3)}.get(task.metric, (0, 1))
-    assert all(low <= score <= high for score in run.scores.values()), run.scores
+    assert task.better(run.scores["all"], NAIVE[name]), run.scores
     right = perfect(task)
     assert task.score(right) == pytest.approx(0 if task.lower_is_better else 1, abs=1e-9)
     head, *lines = right.decode().splitlines()
@@ -222,7 +246,7 @@ def test_pages(task):
     if task.name != PAGES:
         return []
     found = [(path.stem, Image.open(path).height) for path in (task.public / "test").iterdir()]
-    assert len(found) == 2
+    assert len(found) == 6
     return found
 
 
@@ -238,6 +262,8 @@ def test_archive_and_unpacked_folder_give_the_same_data(name, tmp_path, monkeypa
         inner = "" if archive.name in ("train.csv.zip", "arxiv.zip", "train.json.7z") else archive.stem
         raw.unpack(archive, by_hand / inner)
         archive.unlink()
+    if name == CIFAR:  # has nothing to unpack by hand: the archive itself, instead of the folder it is in
+        by_hand = by_hand / "cifar-10-binary.tar.gz"
     assert tasks.prepare(name, by_hand)["fingerprint"] == fingerprint
     if name in ROWS and name not in (DOGS, PAGES, CIFAR):
         assert split_rows(task) == ROWS[name]
@@ -252,6 +278,11 @@ def test_halves_are_about_equal(name, ready):
     half = table[table["part"] == "reward"]
     assert set(table["part"]) == {"reward", "eval"}
     assert abs((half["group"].nunique() if "group" in table else len(half)) - rows / 2) <= 0.5
+
+
+def file_names(task):
+    """All that a script can see: answers in an array would escape a search for their digits."""
+    return {path.relative_to(task.public).as_posix() for path in task.public.rglob("*")}
 
 
 # --- each image keeps its label: against the original files, through scikit-learn's split ---
@@ -336,6 +367,7 @@ def test_ice_bands_and_angles(ready):
         assert table["inc_angle"].isna().any()
     assert list(answers(task)["is_iceberg"].astype(int)) == [record["is_iceberg"] for record in test]
     assert "is_iceberg" not in pd.read_csv(task.public / "test.csv")
+    assert file_names(task) == {"train.csv", "train_bands.npy", "test.csv", "test_bands.npy", "sample_submission.csv"}
 
 
 def test_whale_images(ready):
@@ -358,14 +390,16 @@ def test_cifar_images(ready):
         records = archive.extractfile("cifar-10-batches-bin/data_batch_2.bin").read()
         test = archive.extractfile("cifar-10-batches-bin/test_batch.bin").read()
     images, labels = np.load(task.public / "train_images.npy"), np.load(task.public / "train_labels.npy")
-    assert images.shape == (100, 32, 32, 3) and images.dtype == np.uint8
-    record = records[3 * 3073 : 4 * 3073]  # the fourth record of the second file is image 23
-    assert labels[23] == record[0]
+    assert images.shape == (1000, 32, 32, 3) and images.dtype == np.uint8 and labels.shape == (1000,)
+    record = records[3 * 3073 : 4 * 3073]  # the fourth record of the second file is image 203
+    assert labels[203] == record[0]
     row, column = 5, 7
-    assert images[23, row, column].tolist() == [record[1 + 1024 * c + 32 * row + column] for c in range(3)]
+    assert images[203, row, column].tolist() == [record[1 + 1024 * c + 32 * row + column] for c in range(3)]
     assert answers(task)["label"].astype(int).tolist() == list(test[::3073])
-    assert answers(task)["id"].tolist() == [str(i) for i in range(20)]
+    assert answers(task)["id"].tolist() == [str(i) for i in range(200)]
     assert np.load(task.public / "test_images.npy")[1, 0, 0].tolist() == [test[3074], test[3074 + 1024], test[3074 + 2048]]
+    assert file_names(task) == {"train_images.npy", "train_labels.npy", "test_images.npy", "sample_submission.csv"}
+    assert set(pd.read_csv(task.public / "sample_submission.csv")["label"]) == {0}
 
 
 def test_arxiv_nodes(ready):
@@ -380,6 +414,9 @@ def test_arxiv_nodes(ready):
         table = hidden if part == "test" else pd.read_csv(task.public / f"{part}.csv")
         assert table["node"].tolist() == nodes.tolist() and table["label"].tolist() == labels[nodes].tolist()
     assert pd.read_csv(task.public / "test.csv").to_dict("list") == {"node": nodes.tolist()}
+    written = {"train.csv", "valid.csv", "test.csv", "sample_submission.csv"}
+    assert file_names(task) == {"features.npy", "edges.npy", "years.npy"} | written
+    assert set(pd.read_csv(task.public / "sample_submission.csv")["label"]) == {0}
 
 
 def test_page_pixels(ready):
@@ -433,7 +470,7 @@ def test_split_of_files(name, names, share, counts):
 
 def test_split_of_radar_images():
     train, test = train_test_split(np.arange(1_604), test_size=0.2, random_state=0)
-    found = split.random(1_604, 0.2)
+    found = module(ICE).divide(1_604)
     assert [len(part) for part in found] == [1_283, 321]
     assert np.array_equal(found[0], train) and np.array_equal(found[1], test)
 
@@ -568,9 +605,9 @@ def test_damaged_zip(tmp_path):
         (DOGS, lambda m: m["train.zip"].update({"train/cow.1.jpg": picture(0)}), "cow"),
         (DOGS, lambda m: m.update({"train.zip": {"train/readme.txt": "?"}}), "nothing"),
         (PAGES, lambda m: m["train_cleaned.zip"].popitem(), "same pages"),
-        (PAGES, lambda m: m["train_cleaned.zip"].update({f"train_cleaned/{i}.png": picture(1, (9, 9), "L", "PNG")
-                                                         for i in range(1, 11)}), "pixels dirty"),
-        (PAGES, lambda m: m["train_cleaned.zip"].update({f"train_cleaned/{i}.png": b"?" for i in range(1, 11)}), "damaged"),
+        (PAGES, lambda m: m["train_cleaned.zip"].update({f"train_cleaned/{i}.png": image_file(noise(1, (9, 9)), "PNG")
+                                                         for i in range(1, 31)}), "pixels dirty"),
+        (PAGES, lambda m: m["train_cleaned.zip"].update({f"train_cleaned/{i}.png": b"?" for i in range(1, 31)}), "damaged"),
         (ICE, lambda m: m.update({"train.json.7z": seven_zip({"data/processed/train.json": '[{"id": "a"}]'})}), "band_1"),
         (ICE, lambda m: m.update({"train.json.7z": seven_zip({"data/processed/train.json": "[{"})}), "two bands"),
         (ICE, lambda m: m.update({"train.json.7z": seven_zip({"data/processed/test.json": "[]"})}), "two bands"),
@@ -590,3 +627,24 @@ def test_wrong_downloads_are_named(name, damage, reason, tmp_path, monkeypatch):
         prepare(name, folder, tmp_path, monkeypatch)
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "data").iterdir())  # nothing half done
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_files_are_named_with_the_command(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "DATA", tmp_path / "data")
+    place = tasks.DATA / "raw" / (name if name in (CIFAR, ARXIV) else "")  # where prepare looks
+    command = r"wget -P (\S+) http\S+" if name in (CIFAR, ARXIV) else rf"kaggle competitions download -c {name} -p (\S+)"
+    for file in tasks.load(name).source["files"]:  # or a folder
+        members = {member: content for member, content in MAKERS[name]().items() if member.split("/")[0] != file}
+        with pytest.raises(tasks.TaskError, match=rf"^{name}: needs .*{file}; run: {command}$") as error:
+            tasks.prepare(name, unzipped(tmp_path / f"without {file}", members))
+        assert Path(re.search(command, str(error.value))[1]).resolve() == place
+
+
+def test_a_missing_package_is_named_first(tmp_path, monkeypatch):
+    """Before the download is looked at, and without its command: to load it once more would not help."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "py7zr" else find(name, *more))
+    monkeypatch.setattr(tasks, "DATA", tmp_path)
+    with pytest.raises(tasks.TaskError, match=rf"^{ICE} needs more packages; run: pip install py7zr$"):
+        tasks.prepare(ICE, tmp_path / "nothing")

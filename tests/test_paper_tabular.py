@@ -29,6 +29,7 @@ HOUSE_NUMBERS, HOUSE_WORDS = (line.split() for line in ("""
 """))  # fmt: skip
 GRADES = ["cohesion", "syntax", "vocabulary", "phraseology", "grammar", "conventions"]
 ENERGIES = ["formation_energy_ev_natom", "bandgap_energy_ev"]
+HTML = '<a href="x">&amp;<br>'  # which comments are full of
 TOXIC = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
 
 
@@ -124,20 +125,20 @@ def essays(n):
             "test.csv": table[["essay_id", "full_text"]].head(3)}  # fmt: skip
 
 
-def insults(n):
+def insults(n, tests=None):
     def part(rows, seed):
         label = rng(seed).integers(0, 2, rows)
         table = pd.DataFrame({"Insult": label, "Date": "20120618192155Z"})
         table.loc[::5, "Date"] = ""
-        table["Comment"] = [f'"{t}\\xa0 \\\\n don\'t, é"' for t in texts(0.3 + 0.4 * label, seed)]
+        table["Comment"] = [f'"{t}\\xa0 \\\\n don\'t, é {HTML}"' for t in texts(0.3 + 0.4 * label, seed)]
         return table
 
-    train, test = part(n, 0), part(n, 10)
+    train, test = part(n, 0), part(tests or n, 10)
     test.loc[[1, 2], "Comment"] = '"the same words"'  # twice, with both answers
     test.loc[[1, 2], "Insult"] = [0, 1]
     train.loc[0, "Comment"] = "null"
     usage = test.assign(Usage="PublicTest")
-    usage.loc[n // 2 :, "Usage"] = "PrivateTest"
+    usage.loc[len(test) // 2 :, "Usage"] = "PrivateTest"
     return {
         "impermium_verification_labels.csv": usage.head(3),
         "impermium_verification_set.csv": test.drop(columns="Insult").head(3),
@@ -163,7 +164,7 @@ def jigsaw(n, tests=200, scored=120):
         table = pd.DataFrame({"id": [f"{i:016x}" for i in rng(seed).integers(0, 2**62, rows)]})
         level = rng(seed + 1).random(rows)
         some = texts(level[:1000], seed)  # repeated in tables of the real size
-        table["comment_text"] = [f'{some[i % 1000]}\n\n"Quoted, ""twice""" {i}' for i in range(rows)]
+        table["comment_text"] = [f'{some[i % 1000]}\n\n"Quoted, ""twice""" {HTML} {i}' for i in range(rows)]
         for i, name in enumerate(TOXIC):
             table[name] = (level + rng(seed + 2 + i).normal(0, 0.2, rows) > 0.4 + i / 20).astype(int)
         table.loc[:2, "comment_text"] = ["nan", "null", "  leading blanks\t"]
@@ -250,8 +251,9 @@ def shown(task, part):
 
 
 @pytest.mark.parametrize("name", MINIATURES)
-def test_from_the_download_to_the_score(name, tmp_path, monkeypatch, pool):  # noqa: F811
+def test_from_the_download_to_the_score(name, tmp_path, monkeypatch, pool, capsys):  # noqa: F811
     task = prepare(name, archive(name, tmp_path), tmp_path, monkeypatch)
+    assert "warning: " in capsys.readouterr().err  # of the few rows
     assert_hidden(task, renumbered=("train.csv",) if name == NOMAD else ())
     run = run_starter(task, pool)
     assert f"validation {task.metric}: " in run.output
@@ -345,7 +347,7 @@ def shuffled_98(n):
         pytest.param(FOREST, 4_000_000, (3_600_000, 400_000), random_tenth, marks=pytest.mark.slow),
     ],
 )
-def test_split_is_the_benchmarks(name, rows, counts, rule, tmp_path, monkeypatch):
+def test_split_is_the_benchmarks(name, rows, counts, rule, tmp_path, monkeypatch, capsys):
     """Same rows in the same order (forest: in file order), same number of rows as the benchmark states."""
     _, raw = labelled(name, min(rows, 40_000))
     if rows > len(raw):  # forest at its real size: the rows repeated, with ids of their own
@@ -362,6 +364,7 @@ def test_split_is_the_benchmarks(name, rows, counts, rule, tmp_path, monkeypatch
         ids = raw.iloc[:, 0].astype(str).to_numpy()
     task = prepare(name, path, tmp_path, monkeypatch)
     assert split_rows(task) == counts
+    assert ("warning: " in capsys.readouterr().err) == (rows == 40_000), "only of too few rows"
     train, test = rule(rows)
     if name == FOREST:
         train, test = np.sort(train), np.sort(test)
@@ -374,11 +377,25 @@ def test_split_is_the_benchmarks(name, rows, counts, rule, tmp_path, monkeypatch
     assert list(table[task.id_column]) == list(answers(task)["id"])
 
 
-def test_jigsaw_at_its_real_size(tmp_path, monkeypatch):
-    """Kaggle's train and test as they are; of 153,164 test comments 63,978 are scored."""
-    members = jigsaw(1_000, tests=153_164, scored=63_978)
-    task = prepare(JIGSAW, zipped(tmp_path / "raw.zip", members), tmp_path, monkeypatch)
-    assert split_rows(task) == (1_000, 63_978)
+@pytest.mark.parametrize("name, members, counts", [
+    (JIGSAW, lambda: jigsaw(159_571, tests=153_164, scored=63_978), (159_571, 63_978)),
+    (INSULTS, lambda: insults(3_947, tests=2_647), (3_947, 2_647)),
+])  # fmt: skip
+def test_kaggles_own_split_at_its_real_size(name, members, counts, tmp_path, monkeypatch, capsys):
+    """Kaggle's train and test as they are; of 153,164 test comments of jigsaw 63,978 are scored."""
+    task = prepare(name, zipped(tmp_path / "raw.zip", members()), tmp_path, monkeypatch)
+    assert split_rows(task) == counts
+    assert "warning: " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, members, warned", [
+    (JIGSAW, lambda: jigsaw(200), ["training comments instead of 159,571", "scored test comments instead of 63,978"]),
+    (INSULTS, lambda: insults(100), ["training comments instead of 3,947", "test comments instead of 2,647"]),
+])  # fmt: skip
+def test_both_files_of_kaggles_own_split_are_counted(name, members, warned, tmp_path, monkeypatch, capsys):
+    prepare(name, zipped(tmp_path / "raw.zip", members()), tmp_path, monkeypatch)
+    error = capsys.readouterr().err
+    assert error.count("warning: ") == 2 and all(text in error for text in warned)
 
 
 # ------------------------------------------------------------------------------------- single tasks
@@ -393,6 +410,13 @@ def test_house_variants_differ_in_split_and_metric(tmp_path, monkeypatch):
     assert list(answers(plain)["id"]) == [str(i) for i in range(65, 81)]
     monkeypatch.setattr(tasks, "DATA", tmp_path / f"{HOME}@mle-dojo" / "data")
     assert len(answers(dojo)) == 40 and list(answers(dojo)["id"]) != sorted(answers(dojo)["id"])
+
+
+def test_a_house_description_that_is_still_packed_is_named(tmp_path, monkeypatch):
+    members = home(80)
+    members["data_description.txt.zip"] = {"data_description.txt": members.pop("data_description.txt")}
+    with pytest.raises(tasks.TaskError, match=r"data_description.txt is missing or empty; run: kaggle"):
+        prepare(HOME, zipped(tmp_path / "raw.zip", members), tmp_path, monkeypatch)
 
 
 def test_crystals_keep_their_geometry_under_their_new_ids(tmp_path, monkeypatch):
@@ -422,6 +446,9 @@ def test_insults_keep_equal_comments_apart(tmp_path, monkeypatch):
     assert rows[1]["Comment"] == rows[2]["Comment"] == '"the same words"'
     assert list(answers(task)["Insult"][1:3]) == ["0", "1"]
     assert shown(task, "train")[0]["Comment"] == "null" and rows[5]["Date"] == ""
+    members = insults(120)  # every cell is as Kaggle wrote it
+    assert shown(task, "train") == cells(members["train.csv"].to_csv(index=False))
+    assert [row["Comment"] for row in rows] == list(members["test.csv"]["Comment"]) and HTML in rows[0]["Comment"]
     truth = "id,Insult\n" + "".join(f"{i},{v}\n" for i, v in answers(task)[["id", "Insult"]].to_numpy())
     swapped = truth.replace("\n1,0\n2,1\n", "\n1,1\n2,0\n")
     assert task.score(truth.encode()) == 1 and task.score(swapped.encode()) == 118 / 120
@@ -440,7 +467,9 @@ def test_jigsaw_shows_and_scores_labelled_comments_only(tmp_path, monkeypatch):
     assert (answers(task)[TOXIC].astype(int).to_numpy() == scored[TOXIC].to_numpy()).all()
     train = shown(task, "train")
     assert [row["comment_text"] for row in train[:3]] == ["nan", "null", "  leading blanks\t"]
-    assert train[5]["comment_text"] == members["train.csv.zip"]["train.csv"]["comment_text"][5]
+    assert train == cells(members["train.csv.zip"]["train.csv"].to_csv(index=False))
+    comments = members["test.csv.zip"]["test.csv"]["comment_text"][labels["toxic"] >= 0]
+    assert [row["comment_text"] for row in shown(task, "test")] == list(comments) and HTML in train[5]["comment_text"]
     counts = answers(task).groupby("part")[TOXIC].agg(lambda c: c.astype(int).sum())
     assert (counts.loc["reward"] - counts.loc["eval"]).abs().max() <= 12  # of about 60
 

@@ -112,6 +112,53 @@ PAPER = [variant for name in tasks.names(suite="paper") for variant in (name, *t
 def test_the_paper_suite_is_complete():
     assert len(tasks.names("paper", "train")) == 9 and len(tasks.names("paper", "heldout")) == 10
     assert len(PAPER) == 21
+    benchmarks = {name: tasks.load(name).source["benchmark"] for name in tasks.names("paper")}
+    theirs = {name for name, benchmark in benchmarks.items() if benchmark == "MLAgentBench"}
+    assert theirs == {"cifar-10", "home-data-for-ml-course", "spaceship-titanic",
+                      "feedback-prize-english-language-learning", "ogbn-arxiv"}  # fmt: skip
+    assert Counter(benchmarks.values()) == {"MLAgentBench": 5, "MLE-bench": 14}
+
+
+# The score of the paper's starter, which the paper does not state, from two numbers that it does: ML-Agent's mean score
+# (Table 1 of its first version) and its mean gain in percent (Table 1 of the second, of the same runs).
+INITIAL = {
+    "cifar-10": (0.5148, 0.6888, 33.80),
+    "home-data-for-ml-course": (21676, 20209, 6.77),
+    "feedback-prize-english-language-learning": (0.6830, 0.5910, 13.47),
+    "denoising-dirty-documents": (0.1556, 0.0741, 52.38),
+    "leaf-classification": (0.0800, 0.0689, 13.87),
+    "statoil-iceberg-classifier-challenge": (0.2909, 0.2868, 1.41),
+    "whale-categorization-playground": (0.1162, 0.2009, 72.89),
+    "learning-agency-lab-automated-essay-scoring-2": (0.7332, 0.7472, 1.91),
+    "detecting-insults-in-social-commentary": (0.7972, 0.8111, 1.74),
+    "spooky-author-identification": (0.4494, 0.4415, 1.76),
+    "jigsaw-toxic-comment-classification-challenge": (0.9752, 0.9753, 0.01),
+    "us-patent-phrase-to-phrase-matching": (0.4530, 0.5117, 12.96),
+    "tabular-playground-series-dec-2021": (0.9590, 0.9609, 0.20),
+}
+
+
+def test_initial_scores_that_are_not_ours_are_the_papers():
+    for name, (initial, score, gain) in INITIAL.items():
+        task = tasks.load(name)
+        if task.initial_source == "measured":  # here, by whoever has the data
+            continue
+        assert task.initial_source.startswith("derived from the paper's Table 1")
+        assert task.initial_score == dict.fromkeys(tasks.PARTS, initial)
+        assert 100 * task.delta(score) == pytest.approx(gain, abs=0.02)
+    others = {name for name in PAPER if tasks.load(name).initial_score and name not in INITIAL}
+    assert all(tasks.load(name).initial_source == "measured" for name in others)
+
+
+def test_the_list_shows_every_paper_task(capsys):
+    assert main(["list"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = [line[0] for line in lines if line[1:2] == ["paper"]]
+    assert shown == PAPER and len(set(shown)) == 21
+    assert {name for name in shown if "@" in name} == {
+        "home-data-for-ml-course@mle-dojo",
+        "detecting-insults-in-social-commentary@mle-bench",
+    }
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -128,8 +175,9 @@ def test_paper_task_is_well_formed(name):
         assert abs(task.gain(task.best_score)) == pytest.approx(1)
     limits = sandbox.Limits(**task.limits)
     assert limits.wall_s == 1800 and limits.memory_mb >= 4096
-    assert {"about", "command", "files"} <= set(task.source) and task.source["files"]
-    assert ("kaggle" in task.source["command"]) == ("rules" in task.source)
+    assert {"about", "rules", "command", "files"} <= set(task.source) and task.source["files"]
+    assert task.source["benchmark"] in ("MLAgentBench", "MLE-bench")
+    assert task.source["rules"].startswith("https://")
     assert task.best_source
 
 

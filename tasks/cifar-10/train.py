@@ -1,4 +1,7 @@
-"""What does the photograph show? A small convolutional network, much like LeNet."""
+"""What does the photograph show? A small convolutional network, much like LeNet.
+
+After MLAgentBench's starter, whose learning rate is 0.1.
+"""
 
 import numpy as np
 import pandas as pd

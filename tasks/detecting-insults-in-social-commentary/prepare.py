@@ -16,6 +16,8 @@ def prepare(raw, public, private):
         files.table(raw, name, COLUMNS, dtype=str, keep_default_na=False)[COLUMNS]
         for name in ("train.csv", "test_with_solutions.csv")
     )
+    files.expect(len(train), 3_947, "training comments")
+    files.expect(len(test), 2_647, "test comments")
     train.to_csv(public / "train.csv", index=False)
     test.insert(0, "id", range(len(test)))
     test.drop(columns="Insult").to_csv(public / "test.csv", index=False)

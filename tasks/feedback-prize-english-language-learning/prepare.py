@@ -22,6 +22,7 @@ def rows(n):
 def prepare(raw, public, private):
     columns = ["text_id", "full_text", *TARGETS]
     essays = files.table(raw, "train.csv", columns, dtype=str, keep_default_na=False)[columns]
+    files.expect(len(essays), 3_911, "essays")
     train, test = rows(len(essays))
     essays.iloc[train].to_csv(public / "train.csv", index=False)
     essays.iloc[test].drop(columns=TARGETS).to_csv(public / "test.csv", index=False)

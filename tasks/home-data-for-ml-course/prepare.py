@@ -4,8 +4,6 @@ MLAgentBench, and so the paper: the first 80 % of the rows in file order train, 
 MLE-Dojo (`@mle-dojo`): a random half, in the proportion of Kaggle's own two files.
 """
 
-import shutil
-
 from tasks import raw as files
 from tasks import split
 
@@ -20,9 +18,10 @@ def prepare_mle_dojo(raw, public, private):
 
 def _write(raw, public, private, rule):
     houses = files.table(raw, "train.csv", ["Id", "SalePrice"], keep_default_na=False, dtype=str)
+    files.expect(len(houses), 1_460, "houses")
     train, test = rule(len(houses))
     houses.iloc[train].to_csv(public / "train.csv", index=False)
     houses.iloc[test].drop(columns="SalePrice").to_csv(public / "test.csv", index=False)
-    shutil.copyfile(raw / "data_description.txt", public / "data_description.txt")
+    files.copy([(raw / "data_description.txt", public / "data_description.txt")], "description")
     prices = split.numbers(houses["SalePrice"])
     split.write_answers(private, houses["Id"].iloc[test], {"SalePrice": prices[test]})

@@ -15,6 +15,7 @@ TARGETS = ["formation_energy_ev_natom", "bandgap_energy_ev"]
 
 def prepare(raw, public, private):
     crystals = files.table(raw, "train.csv", ["id", *TARGETS], dtype=str)
+    files.expect(len(crystals), 2_400, "crystals")
     train, test = split.random(len(crystals), 0.1)
     with tempfile.TemporaryDirectory(dir=public.parent) as scratch:
         geometry = files.folder(raw, "train", Path(scratch))

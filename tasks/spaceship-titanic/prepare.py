@@ -9,6 +9,7 @@ from tasks import split
 
 def prepare(raw, public, private):
     passengers = files.table(raw, "train.csv", ["PassengerId", "Transported"], dtype=str, keep_default_na=False)
+    files.expect(len(passengers), 8_693, "passengers")
     train, test = split.head(len(passengers), 0.8)
     passengers.iloc[train].to_csv(public / "train.csv", index=False)
     hidden = passengers.iloc[test]

@@ -15,6 +15,7 @@ def prepare(raw, public, private):
         packed = not (raw / "train.csv").is_file()
         folder = files.folder(raw, "train", Path(scratch)) if packed else raw
         sentences = files.table(folder, "train.csv", ["id", "text", "author"], dtype=str, keep_default_na=False)
+    files.expect(len(sentences), 19_579, "sentences")
     train, test = split.random(len(sentences), 0.1)
     sentences.iloc[train].to_csv(public / "train.csv", index=False)
     hidden = sentences.iloc[test]

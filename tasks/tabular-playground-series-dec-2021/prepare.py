@@ -33,6 +33,7 @@ def _split(path, train_path, test_path):
         n = sum(1 for _ in tqdm(file, "count rows", unit=" rows", disable=None)) - 1
     if n < 1:
         raise TaskError(f"{path} has no rows")
+    files.expect(n, 4_000_000, "rows")
     is_test = np.zeros(n, dtype=bool)
     is_test[split.random(n, 0.1)[1]] = True
     ids, answers = [], []

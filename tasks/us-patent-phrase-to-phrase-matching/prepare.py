@@ -11,6 +11,7 @@ from tasks import split
 def prepare(raw, public, private):
     columns = ["id", "anchor", "target", "context", "score"]
     pairs = files.table(raw, "train.csv", columns, dtype=str, keep_default_na=False)
+    files.expect(len(pairs), 36_473, "pairs of phrases")
     train, test = split.random(len(pairs), 0.1)
     pairs.iloc[train].to_csv(public / "train.csv", index=False)
     hidden = pairs.iloc[test]
