@@ -21,7 +21,7 @@ import json
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -88,7 +88,8 @@ class Config:
 
 
 # Keys that may differ between a run and its continuation: how long, how fast, how dear.
-MAY_CHANGE = ("trajectories", "sandbox", "pool", "at_once", "local.max_batch")
+MAY_CHANGE = ("trajectories", "sandbox", "at_once", "local.max_batch")
+MAY_CHANGE += tuple(f"pool.{key.name}" for key in fields(PoolConfig) if key.name != "by_axis")  # which draws as well
 MAY_CHANGE += tuple(f"{who}.{key}" for who in ("endpoint", "agent.coder") for key in OPERATION)
 FAILURES = 5  # episodes in a row that an endpoint ends before the run gives up
 
@@ -121,7 +122,8 @@ class Collector:
         rng = np.random.default_rng([self.cfg.seed, index])
         task = tasks.load(self.names[index % len(self.names)])
         pool = self.pools[task.name]
-        drawn = draw_ideas(task, rng, pool) if pool else []
+        by_axis = self.cfg.pool.by_axis or self.cfg.ideas_from != "run"  # the tasks' own ideas have axes
+        drawn = draw_ideas(task, rng, pool, by_axis) if pool else []
         expert = self.expert(task, drawn, index)
         rows, error = [], None
         try:

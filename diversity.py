@@ -7,7 +7,7 @@ Compares, as the paper's Figure 7 does, a sample of the same size from each sour
 file gives the edits that applied, at whatever step; a checkpoint is asked for actions in the start states of the
 tasks, which are not carried out. The agent's configuration comes from the config.yaml beside each source.
 
-ideas            different ideas that were drawn for the expert, of (task, text), in the whole file
+ideas            different (task, idea) that the edits carry out, of those drawn for the expert (edits.closest)
 verbs, objects   of what an edit says of itself (its instruction, else its Thought): by word lists, see edits.py
 names            identifiers in the code that an edit adds and that its script did not have
 texts, changes   different (task, what it says of itself), (task, code added); entropy in nats
@@ -31,6 +31,7 @@ import ideas
 import sandbox
 import tasks
 from agent import AgentConfig, PromptTooLong, encode_state
+from client import Client
 from edits import Edit, added_lines, axis_of, edits_of, new_names, verb_and_object
 from environment import Environment, SandboxConfig, initial_state
 from records import read_jsonl, require_checkpoint
@@ -67,11 +68,11 @@ def read_edits(path: Path, cfg: Config) -> tuple[list[Edit], dict]:
         raise config.UserError(f"{path} holds no episodes: give a trajectories.jsonl or a file of runs/NAME/eval")
     edits = []
     for row in rows:
-        found = edits_of(row["task"], row["steps"], cfg.agent)
+        drawn = [idea["text"] for idea in row.get("ideas", ())]
+        found = edits_of(row["task"], row["steps"], cfg.agent, drawn)
         edits += [edit for edit in found if edit.step == 0 or not cfg.first_edits]
-    drawn = {(row["task"], idea["text"]) for row in rows for idea in row.get("ideas", ())}
     actions = sum(1 if cfg.first_edits else len(row["steps"]) for row in rows)
-    return edits, {"ideas": len(drawn) or None, "actions": actions}
+    return edits, {"actions": actions}
 
 
 def sample_edits(path: Path, cfg: Config, env: Environment) -> tuple[list[Edit], dict]:
@@ -96,7 +97,7 @@ def sample_edits(path: Path, cfg: Config, env: Environment) -> tuple[list[Edit],
             if done[k].finish == "stop":
                 edits += edits_of(names[i % len(names)], [{"reply": policy.text(done[k].tokens)}], cfg.agent)
         drawn += len(ids)
-    return edits, {"ideas": None, "actions": drawn}
+    return edits, {"actions": drawn}
 
 
 def measure(edits: list[Edit], cfg: Config, encoder=None) -> dict:
@@ -111,6 +112,7 @@ def measure(edits: list[Edit], cfg: Config, encoder=None) -> dict:
     changes = Counter((edit.task, tuple(added_lines(edit))) for edit in written)
     row = {
         "edits": len(edits),
+        "ideas": len({(edit.task, edit.idea) for edit in edits if edit.idea}) or None,
         "verbs": len(verbs),
         "objects": len({thing for _, thing in pairs if thing}),
         "objects_per_verb": len(pairs) / len(verbs) if verbs else 0.0,
@@ -177,7 +179,9 @@ def main():
         encoder = encoder or (ideas.Encoder(cfg.encoder) if cfg.encoder else None)
         if path.is_dir():
             require_checkpoint(str(path), "give a checkpoint, or a file of trajectories or episodes")
-            with Environment(cfg.agent, cfg.sandbox, Path("runs") / "cache") as env:
+            # Nothing is carried out: a coder is named, but need not be there.
+            coder = Client(cfg.agent.coder) if cfg.agent.coder else None
+            with Environment(cfg.agent, cfg.sandbox, Path("runs") / "cache", coder=coder) as env:
                 edits, more = sample_edits(path, cfg, env)
         elif path.is_file():
             edits, more = read_edits(path, cfg)

@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import tasks
@@ -22,10 +23,12 @@ class Edit:
     before: str  # the script
     after: str | None  # None: a coder would have to write it
     step: int = 0  # of its episode
+    idea: str = ""  # of those drawn for its episode, the one it carries out
 
 
-def edits_of(task: str, steps: list[dict], cfg: AgentConfig) -> list[Edit]:
-    """The edits among an episode's steps that apply, each with its script before and after.
+def edits_of(task: str, steps: list[dict], cfg: AgentConfig, ideas: Iterable[str] = ()) -> list[Edit]:
+    """The edits among an episode's steps that apply, each with its script before and after, and the idea that it
+    tries: of the episode's `ideas` the one that shares most words with what the edit says of itself.
 
     Steps with their files (trajectories) give the scripts; without (evaluated episodes) the replies are replayed
     from the starter, which cannot be done in instruct mode.
@@ -54,13 +57,27 @@ def edits_of(task: str, steps: list[dict], cfg: AgentConfig) -> list[Edit]:
                 after = apply_edit(files[path], action, cfg)
             except EditFailed:
                 continue
-        edits.append(Edit(task, text, files[path], after, t))
+        edits.append(Edit(task, text, files[path], after, t, closest(text, ideas)))
         undo.setdefault(path, []).append(files[path])
         files = {**files, path: files[path] if after is None else after}
     return edits
 
 
 # ------------------------------------------------------------------------------------- what an edit says
+
+
+def content_words(text: str) -> frozenset[str]:
+    """Its words and numbers in lower case, without "the" and the like."""
+    return frozenset(re.findall(r"\d+(?:\.\d+)?|\w+", text.lower())) - FUNCTION_WORDS
+
+
+def closest(text: str, ideas: Iterable[str]) -> str:
+    """The idea that shares the largest part of its words with a text; "" when none shares any."""
+    words, best = content_words(text), (0.0, "")
+    for idea in ideas:
+        theirs = content_words(idea)
+        best = max(best, (len(words & theirs) / max(1, len(words | theirs)), idea), key=lambda pair: pair[0])
+    return best[1]
 
 
 def word_set(text: str) -> frozenset[str]:

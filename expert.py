@@ -36,10 +36,13 @@ from reward import Outcome
 
 
 def draw_ideas(
-    task: "tasks.Task", rng: np.random.Generator, ideas: "list[tasks.Idea] | None" = None
+    task: "tasks.Task", rng: np.random.Generator, ideas: "list[tasks.Idea] | None" = None, by_axis: bool = True
 ) -> list["tasks.Idea"]:
-    """One idea from each of 1-3 axes, in random order (paper B.1); of `ideas`, or of the task's own."""
+    """One idea from each of 1-3 axes, in random order (paper B.1), or 1-3 different ones whatever their axes (paper
+    v1, B.3); of `ideas`, or of the task's own."""
     ideas = task.ideas() if ideas is None else ideas
+    if not by_axis:
+        return [ideas[i] for i in rng.permutation(len(ideas))[: rng.integers(1, 4)]]
     pools = {axis: [idea for idea in ideas if idea.axis == axis] for axis in tasks.AXES}
     filled = [axis for axis in tasks.AXES if pools[axis]]
     axes = rng.permutation(filled)[: rng.integers(1, len(filled) + 1)]

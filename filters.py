@@ -3,7 +3,7 @@
 In this order, so that what an early filter drops does not count for a later one:
     unparsable   replies that could not be read
     episodes     all actions of an episode that ended badly, gained too little, or has no edit that ran
-    repeated     the same action (whatever the thought before it) too often in one task; the first ones stay
+    repeated     the same or nearly the same edit too often in one task; the first ones stay
     balance      edits of an axis that is more frequent than the rarest one; drawn at random
     cap          what one task has more than its share; drawn at random
 
@@ -11,7 +11,8 @@ Renamed copies are judged like their originals, as examples of their own.
 """
 
 import json
-from collections import Counter, defaultdict
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 import config
 import tasks
 from agent import AgentConfig, InvalidAction, InvalidFormat, parse_reply
-from edits import axis_of, edits_of
+from edits import axis_of, content_words, edits_of
 from reward import Outcome
 
 
@@ -29,13 +30,16 @@ class Filters:
     ends: tuple[str, ...] = ()  # drop episodes that ended so: truncated, overflow, steps, minutes, internal
     min_gain: float | None = None  # drop episodes whose last score has a lower normalised gain (reward half)
     need_edit: bool = False  # drop episodes without an edit that ran
-    max_same: int = 0  # keep the same action in a task at most so often; 0 = always
+    max_same: int = 0  # keep nearly the same edit in a task at most so often; 0 = always
+    same_words: float = 0.8  # instructions that share this much of their words (Jaccard) are nearly the same
     balance_axes: bool = False  # as many edits of data, model and learning as of the rarest (edits.axis_of)
     max_per_task: int = 0  # examples of a task; 0 = all
 
     def __post_init__(self):
         if self.max_same < 0 or self.max_per_task < 0:
             raise ValueError("filters.max_same and max_per_task must not be negative; 0 = off")
+        if not 0 < self.same_words <= 1:
+            raise ValueError(f"filters.same_words = {self.same_words}: a share of words, above 0 and at most 1")
 
 
 def keep_steps(rows: list[dict], cfg: Filters, agent: AgentConfig, seed: int) -> tuple[list[list[int]], dict]:
@@ -57,12 +61,8 @@ def keep_steps(rows: list[dict], cfg: Filters, agent: AgentConfig, seed: int) ->
         drop("unparsable", [(r, t) for r, t in pairs() if rows[r]["steps"][t]["action"] is None])
     drop("episodes", [(r, t) for r, t in pairs() if _is_bad(rows[r], cfg)])
     if cfg.max_same:
-        seen, repeated = Counter(), []
-        for r, t in pairs():
-            key = (rows[r]["task"], same_action(rows[r]["steps"][t]["reply"], agent))
-            seen[key] += 1
-            repeated += [(r, t)] if seen[key] > cfg.max_same else []
-        drop("repeated", repeated)
+        signed = [((r, t), rows[r]["task"], signature(rows[r]["steps"][t]["reply"], agent)) for r, t in pairs()]
+        drop("repeated", repeated([(pair, task, *sign) for pair, task, sign in signed if sign], cfg))
     rng = np.random.default_rng([seed, 3])
     if cfg.balance_axes:
         axes, left = defaultdict(list), set(pairs())
@@ -98,11 +98,38 @@ def _at_random(items: list, keep: int, rng: np.random.Generator) -> list:
     return [items[i] for i in order[keep:]]
 
 
-def same_action(reply: str, agent: AgentConfig) -> str:
-    """What two replies share when they do the same, whatever they think: action, input and edit, spaces aside."""
+def signature(reply: str, agent: AgentConfig) -> tuple[str, frozenset[str]] | None:
+    """(what near-duplicates of an edit have in common, words of which a few may differ); None for other actions,
+    which every episode repeats.
+
+    In common: script, place, code without comments and spaces, and the numbers in an instruction, since a depth of 8
+    and one of 10 are two experiments. The words are the instruction's (edits.content_words). Thoughts do not count.
+    """
     try:
         action = parse_reply(reply, agent)
     except (InvalidFormat, InvalidAction):
-        return " ".join(reply.split())
-    edit = json.dumps(action.edit) if action.edit else ""
-    return " ".join(f"{action.name} {json.dumps(action.args, sort_keys=True)} {edit}".split())
+        return None
+    if action.name != "Edit Script":
+        return None
+    words = content_words(str(action.args.get("edit_instruction", "")))
+    numbers = sorted(word for word in words if word[0].isdigit())
+    place = {key: value for key, value in action.args.items() if key not in ("edit_instruction", "save_name")}
+    written = [action.edit] if isinstance(action.edit, str) else [text for pair in action.edit or () for text in pair]
+    code = ["".join(re.sub(r"(?m)(^|\s)#.*", "", text).split()) for text in written]
+    common = json.dumps([place, numbers, code], sort_keys=True)
+    return common, words.difference(numbers)
+
+
+def repeated(edits: list[tuple[tuple, str, str, frozenset]], cfg: Filters) -> list[tuple]:
+    """The names of edits (name, task, common, words) of whose kind cfg.max_same came before them. An edit is of the
+    first kind whose first edit it resembles."""
+    kinds, late = defaultdict(list), []  # (task, common) -> [[words of the first, how many], ...]
+    for name, task, common, words in edits:
+        group = kinds[task, common]
+        kind = next((k for k in group if len(k[0] & words) >= cfg.same_words * len(k[0] | words)), None)
+        if kind is None:
+            kind = [words, 0]
+            group.append(kind)
+        kind[1] += 1
+        late += [name] if kind[1] > cfg.max_same else []
+    return late

@@ -72,7 +72,7 @@ class PoolConfig:
     distance: Literal["cosine", "euclidean"] = "cosine"
     same: float = 0.1  # ideas at most this far apart are one idea (cosine 0.1 is euclidean 0.45)
     method: Literal["fps", "mean_distance"] = "fps"  # how the subset is chosen: paper v2 | v1
-    by_axis: bool = True  # choose within each axis (paper v2), or from the whole pool of a task (v1)
+    by_axis: bool = True  # choose, and draw, within each axis (paper v2), or from the whole pool of a task (v1)
     keep: int = 10  # ideas that are chosen, of each axis or of the whole pool (paper v1: 10; v2 does not say)
 
     def __post_init__(self):
@@ -404,13 +404,11 @@ def make(cfg, folder: Path) -> None:
             progress.close()
             append_rows(lost, [unaccounted(client, spent())])
     for pool in pools:
-        if not pool.ideas:
-            raise config.UserError(f"{pool.task.name}: no reply held ideas (see {pool.path}): try another model")
-        for axis in AXES:
+        for axis in AXES if pool.ideas else ():
             if len(pool.texts(axis)) < -(-cfg.pool.size // len(AXES)):
                 reason = "nothing new came" if pool.exhausted(axis) else f"after {cfg.pool.max_requests} requests"
                 print(f"{pool.task.name}: only {len(pool.texts(axis))} ideas on the axis {axis}: {reason}")
-    report = [row for pool in pools for row in spread(pool, write_subset(pool, folder), cfg.seed)]
+    report = [row for pool in pools if pool.ideas for row in spread(pool, write_subset(pool, folder), cfg.seed)]
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     rows = [row for pool in pools for row in pool.rows]
     tokens = spent()
@@ -419,3 +417,6 @@ def make(cfg, folder: Path) -> None:
         f"{sum(len(pool.ideas) for pool in pools)} ideas from {len(rows)} requests, {sum(tokens)} tokens, "
         f"{cfg.endpoint.usd(tokens):.2f} USD; the chosen ones are in {folder}"
     )
+    if empty := [pool for pool in pools if not pool.ideas]:
+        names = ", ".join(pool.task.name for pool in empty)
+        raise config.UserError(f"{names}: no reply held ideas (see {empty[0].path}): try another model")

@@ -67,6 +67,15 @@ def test_ideas_are_drawn_from_one_to_three_axes():
     assert len({ideas[0].axis for ideas in drawn}) == 3, "the order is shuffled"
 
 
+def test_without_axes_one_to_three_different_ideas_are_drawn():
+    pool = [idea for idea in tasks.load("m-concrete").ideas() if idea.axis == "data"][:4]
+    task = tasks.load("m-concrete")
+    drawn = [expert.draw_ideas(task, np.random.default_rng(i), pool, by_axis=False) for i in range(200)]
+    assert {len(ideas) for ideas in drawn} == {1, 2, 3}
+    assert all(len({idea.text for idea in ideas}) == len(ideas) for ideas in drawn)
+    assert {idea.text for ideas in drawn for idea in ideas} == {idea.text for idea in pool}
+
+
 def test_the_expert_undoes_what_made_things_worse():
     task = tasks.load("m-concrete")  # rmsle: lower is better
     cfg = AgentConfig(edit_format="lines")

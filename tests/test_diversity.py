@@ -111,6 +111,13 @@ def steps(*ideas: "tasks.Idea", files: bool) -> list[dict]:
     return rows if files else [{"reply": row["reply"]} for row in rows]
 
 
+def test_an_edit_tries_the_idea_that_it_shares_most_words_with():
+    drawn = ["Use a random forest instead of the tree.", "Take the logarithm of the price", "scale the inputs"]
+    said = {"I replace the tree by a forest": 0, "train on the log price": 1, "Scaling: scale all inputs": 2}
+    assert {text: edits.closest(text, drawn) for text in said} == {text: drawn[i] for text, i in said.items()}
+    assert edits.closest("drop the outliers", drawn) == edits.closest("anything", []) == ""
+
+
 @pytest.mark.parametrize("files", [True, False])
 def test_edits_are_found_with_their_scripts_stored_or_replayed(files):
     ideas = [IDEAS[1], IDEAS[-1], IDEAS[3]]
@@ -182,9 +189,14 @@ def test_a_report_of_trajectories_and_of_evaluated_episodes(files, monkeypatch, 
     rows = json.loads(open("report/d.json").read())
     assert open("report/d.md").read() in capsys.readouterr().out
     assert [row["source"] for row in rows] == list(files)
-    assert rows[0]["ideas"] > 5 and rows[1]["ideas"] is None and rows[0]["actions"] == 40, "copies are left out"
+    stored = [json.loads(line) for line in open(files[0])]
+    assert rows[0]["ideas"] == len({idea["text"] for row in stored for idea in row["ideas"]}), "all were tried"
+    assert rows[1]["ideas"] is None and rows[0]["actions"] == 40, "copies are left out"
     for key in ("edits", "verbs", "objects", "names", "changes", "axes"):
         assert rows[0][key] == rows[1][key], key
+    run(monkeypatch, files[0], "samples=3", "out=report/few")
+    (few,) = json.loads(open("report/few.json").read())
+    assert few["edits"] == 3 and few["ideas"] <= 3, "of the sample, not of the file"
     run(monkeypatch, files[0], "first_edits=true")
     assert "| 10 | 0 |" in capsys.readouterr().out, "the first reply of every episode is unreadable"
 
@@ -225,3 +237,25 @@ def test_a_checkpoint_is_asked_until_there_are_edits_enough(monkeypatch, tmp_pat
     found, more = diversity.sample_edits(tmp_path, cfg, None)
     texts = {edit.text for edit in found}
     assert len(found) >= 20 and more["actions"] in (40, 60) and len(texts) > 10
+
+
+def test_the_coder_of_a_checkpoint_need_not_be_there(monkeypatch, tmp_path, capsys):
+    """Its instructions are looked at, not carried out."""
+
+    class Instructs(Once):
+        def text(self, tokens):
+            args = {"script_name": "train.py", "edit_instruction": IDEAS[tokens[0] % 8].text, "save_name": "train.py"}
+            return f"Thought: x\nAction: Edit Script\nAction Input: {json.dumps(args)}"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rollout, "load_policy", lambda path, env, sampling: Instructs(env.cfg))
+    monkeypatch.setattr(diversity, "initial_state", lambda task, env: None)
+    monkeypatch.setattr(diversity, "encode_state", lambda *args: [0])
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/config.json").write_text("{}")
+    coder = {"base_url": "http://127.0.0.1:9/v1", "model": "nobody"}
+    agent = {"edit_mode": "instruct", "thought": "short", "coder": coder}
+    (tmp_path / "sft/config.yaml").write_text(yaml.safe_dump({"agent": agent}))
+    run(monkeypatch, "sft", "samples=10", f"tasks=[{NAME}]", "sandbox.allow_weak=true", "out=d")
+    (row,) = json.loads((tmp_path / "d.json").read_text())
+    assert row["edits"] == 10 and row["texts"] > 3 and row["changes"] is None

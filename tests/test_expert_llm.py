@@ -241,6 +241,12 @@ def test_ideas_of_the_run_are_drawn_from_what_was_chosen(run):
     rows = run(ideas_from="run")
     drawn = {i["text"] for row in rows for i in row["ideas"]}
     assert drawn <= {e["text"] for e in entries} and len(drawn) > 5
+    assert all(len({i["axis"] for i in row["ideas"]}) == len(row["ideas"]) for row in rows)
+    run.folder.rename(run.folder.with_name("mixed"))
+    rows = run(ideas_from="run", pool=collect.PoolConfig(by_axis=False))
+    assert any(len({i["axis"] for i in row["ideas"]}) < len(row["ideas"]) for row in rows), "whatever their axes"
+    with pytest.raises(config.UserError, match=r"pool\.by_axis"):
+        run(ideas_from="run", trajectories=99)
     run.folder.rename(run.folder.with_name("old"))
     with pytest.raises(tasks.TaskError, match=r"set collect\.expert = endpoint or local"):
         run(ideas_from="run", expert="scripted")

@@ -298,6 +298,16 @@ def test_an_llm_without_any_idea_is_one_line(run):
     assert not (run.folder / "m-concrete.yaml").exists()
 
 
+def test_a_task_without_ideas_does_not_keep_the_others_from_theirs(run):
+    answer = run.server.answer
+    title = tasks.load("m-concrete").description.strip().split("\n")[0]
+    run.server.answer = lambda body: "No." if title in body["messages"][0]["content"] else answer(body)
+    with pytest.raises(config.UserError, match="m-concrete: no reply held ideas"):
+        run()
+    assert [path.stem for path in run.folder.glob("*.yaml") if path.stem in run.cfg.tasks] == ["m-ames"]
+    assert {row["task"] for row in json.loads((run.folder / "report.json").read_text())} == {"m-ames"}
+
+
 def test_a_budget_stops_it_and_a_larger_one_goes_on(run):
     cheap = replace(run.cfg.endpoint, max_tokens=500, max_total_tokens=3500)
     with pytest.raises(config.UserError, match=r"raise collect\.endpoint\.max_usd or max_total_tokens"):

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import dist
 import tasks
 import train_sft
-from agent import AgentConfig, format_reply
+from agent import Action, AgentConfig, format_reply
 from expert import edit_action
 from filters import Filters, keep_steps
 from generate import Generator
@@ -141,7 +141,7 @@ def test_episodes_are_left_out_whole():
     assert kept(rows, ends=("truncated", "minutes"))[0] == [[0, 1], [0, 1], [0, 1], []]
 
 
-def test_the_same_action_is_kept_so_often():
+def test_the_same_edit_is_kept_so_often_and_other_actions_always():
     a, b = by_axis("m-concrete")["data"][:2]
     other = by_axis("m-ames")["data"][0]
     rows = [
@@ -151,8 +151,41 @@ def test_the_same_action_is_kept_so_often():
         a_row(3, an_edit(other, "m-ames"), FINISH, task="m-ames"),
     ]
     steps, dropped = kept(rows, max_same=1)
-    assert steps == [[0, 1, 2], [], [], [0, 1]] and dropped["repeated"] == 5
-    assert kept(rows, max_same=2)[0] == [[0, 1, 2], [0, 1], [1], [0, 1]]
+    assert steps == [[0, 1, 2], [1], [2], [0, 1]] and dropped["repeated"] == 3
+    assert kept(rows, max_same=2)[0] == [[0, 1, 2], [0, 1], [1, 2], [0, 1]]
+
+
+def test_comments_and_spaces_make_no_other_edit_but_places_and_values_do():
+    def lines(code: str, first: int = 3) -> dict:
+        args = {"script_name": "train.py", "start_line_number": first, "end_line_number": 4}
+        reply = format_reply(Action("Edit Script", args, {"Thought": "x"}, code), LINES)
+        return {"action": "Edit Script", "reply": reply, "outcome": "ok_edit", "score": 0.3, "files": {}, "undo": {}}
+
+    code = "x = scale(x)\ny = f(x, depth=8)"
+    same = [code, "# first\nx = scale( x )\n\ny = f(x, depth=8)  # deeper"]
+    other = [lines("x = scale(x)\ny = f(x, depth=10)"), lines("x = scale(x)"), lines(code, first=2)]
+    assert kept([a_row(0, *map(lines, same), *other, FINISH)], max_same=1)[0] == [[0, 2, 3, 4, 5]]
+
+
+def test_instructions_in_nearly_the_same_words_are_one():
+    def instruct(text: str, save: str = "train.py") -> dict:
+        args = {"script_name": "train.py", "edit_instruction": text, "save_name": save}
+        reply = f"Thought: x\nAction: Edit Script\nAction Input: {json.dumps(args)}"
+        return {"action": "Edit Script", "reply": reply, "outcome": "ok_edit", "score": 0.3, "files": {}, "undo": {}}
+
+    texts = [
+        "Use a random forest with 100 trees instead of the single tree.",
+        "use the random forest, with 100 trees instead of a single tree",  # the same words
+        "Use a random forest with 100 trees instead of that single decision tree.",  # one more
+        "Use a random forest with 200 trees instead of the single tree.",  # another number
+        "Scale the inputs before the single tree.",
+    ]
+    row = a_row(0, *map(instruct, texts), instruct(texts[0], "better.py"), FINISH)
+    agent = AgentConfig(thought="short", edit_mode="instruct")
+    steps = [keep_steps([row], Filters(max_same=1, same_words=s), agent, 0)[0][0] for s in (1.0, 0.8, 0.05)]
+    assert steps == [[0, 2, 3, 4, 6], [0, 3, 4, 6], [0, 3, 4, 6]]
+    with pytest.raises(ValueError, match="same_words"):
+        Filters(same_words=0)
 
 
 def test_axes_are_balanced_and_other_actions_stay():
