@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,15 +17,18 @@ from run_kit import AGENT, NAME, RL, command, make_run, metrics, need, train, we
 
 def interrupt(words: dict, signum: int, ready, timeout: float = 200) -> tuple[int, str]:
     """Start a script, send it the signal once `ready()`; its exit code and stderr. Its children must end with it."""
-    process = subprocess.Popen(**words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    limit = time.monotonic() + timeout
-    while not ready() and process.poll() is None and time.monotonic() < limit:
-        time.sleep(0.05)
-    assert process.poll() is None, process.stderr.read()
-    assert ready(), "it never got there"
-    process.send_signal(signum)
-    errors = process.communicate(timeout=timeout)[1]
-    return process.returncode, errors
+    with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would stop it once full
+        process = subprocess.Popen(**words, stdout=subprocess.DEVNULL, stderr=errors)
+        limit = time.monotonic() + timeout
+        while not ready() and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        ended, there = process.poll(), ready()
+        process.send_signal(signum)
+        code = process.wait(timeout)
+        errors.seek(0)
+        assert ended is None, errors.read()
+        assert there, "it never got there"
+        return code, errors.read()
 
 
 def lines_of(path: Path) -> int:

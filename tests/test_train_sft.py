@@ -1,12 +1,10 @@
 """Fine-tuning: batches and losses against plain loops, and whole runs in fresh processes."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import dist
+import run_kit
 import tasks
 import train_sft
 from agent import Action, AgentConfig, format_reply
@@ -28,7 +27,6 @@ from model import ModelConfig
 from train_sft import batch_loss, collate, learning_rate, micro_batches, weight_of
 from weights import build_model, load_model
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = [([5, 6, 7], [8, 9]), ([5], [6, 7, 8]), ([1, 2, 3, 4, 5], [9])]
 
 
@@ -259,13 +257,8 @@ KEYS = {
 
 
 def command(folder: Path, run: str, ranks: int = 1, **keys) -> dict:
-    launch = [sys.executable]
-    if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    options = [f"{k}={v}" for k, v in {"run": run, **KEYS, **keys}.items()]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    args = [*launch, str(ROOT / "train_sft.py"), "--config", str(folder / "c.yaml"), *options]
-    return {"args": args, "cwd": folder, "env": env, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    words = run_kit.command(folder, "train_sft.py", ranks, **{"run": run, **KEYS, **keys})
+    return words | {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
 
 
 @pytest.fixture(scope="module")
