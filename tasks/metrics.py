@@ -13,7 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn import metrics as sk
+
+
+def sk():
+    """scikit-learn's metrics: late, since importing them takes longer than all else that a script needs but torch."""
+    from sklearn import metrics
+
+    return metrics
 
 
 def accuracy(y, p) -> float:
@@ -24,7 +30,7 @@ def accuracy(y, p) -> float:
 def log_loss(y, p) -> float:
     """Binary log-loss (natural log) of labels y [n] in {0, 1} and probabilities p [n] of the 1."""
     p = np.asarray(p, dtype=np.float64)
-    return float(sk.log_loss(np.asarray(y, dtype=int), np.column_stack([1 - p, p]), labels=[0, 1]))
+    return float(sk().log_loss(np.asarray(y, dtype=int), np.column_stack([1 - p, p]), labels=[0, 1]))
 
 
 def multi_log_loss(y, p) -> float:
@@ -34,7 +40,7 @@ def multi_log_loss(y, p) -> float:
     """
     p = np.asarray(p, dtype=np.float64)
     p = p / p.sum(axis=1, keepdims=True)  # only what the scorer's tolerance lets through
-    return float(sk.log_loss(np.asarray(y, dtype=int), p, labels=np.arange(p.shape[1])))
+    return float(sk().log_loss(np.asarray(y, dtype=int), p, labels=np.arange(p.shape[1])))
 
 
 def auc(y, p) -> float:
@@ -42,7 +48,7 @@ def auc(y, p) -> float:
     y = np.asarray(y, dtype=int)
     if y.min() == y.max():  # scikit-learn warns and returns NaN, which then poisons every mean
         raise ValueError("AUC needs rows of both classes in the answers")
-    return float(sk.roc_auc_score(y, np.asarray(p, dtype=np.float64)))
+    return float(sk().roc_auc_score(y, np.asarray(p, dtype=np.float64)))
 
 
 def mean_auc(y, p) -> float:
@@ -53,7 +59,7 @@ def mean_auc(y, p) -> float:
 
 def mae(y, p) -> float:
     """Mean absolute error of [n]."""
-    return float(sk.mean_absolute_error(_float(y), _float(p)))
+    return float(sk().mean_absolute_error(_float(y), _float(p)))
 
 
 def rmse(y, p) -> float:
@@ -89,7 +95,7 @@ def qwk(y, p) -> float:
     if len(np.unique(p)) == 1 or len(np.unique(y)) == 1:
         return 0.0
     labels = np.arange(min(y.min(), p.min()), max(y.max(), p.max()) + 1)
-    return float(sk.cohen_kappa_score(y, p, weights="quadratic", labels=labels))
+    return float(sk().cohen_kappa_score(y, p, weights="quadratic", labels=labels))
 
 
 def map5(y, p) -> float:

@@ -59,6 +59,11 @@ def test_every_idea_is_an_edit_in_every_format(cfg, name):
         assert apply_edit(script, action, cfg) == expected, idea.text
 
 
+def test_a_scripted_collection_starts_without_what_takes_seconds_to_import():
+    code = "import collect, sys; assert not {'torch', 'transformers', 'sklearn', 'pandas'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_ideas_are_drawn_from_one_to_three_axes():
     task = tasks.load("m-concrete")
     drawn = [expert.draw_ideas(task, np.random.default_rng(i)) for i in range(200)]
