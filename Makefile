@@ -11,6 +11,7 @@ TASKS  := $(shell ls -d tasks/m-* tasks/h-* 2>/dev/null | xargs -n1 basename)
 
 .PHONY: demo test test-slow test-models lint data collect sft rl evaluate run clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL:  # each stage needs the one before it
 
 demo: run
 

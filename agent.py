@@ -213,8 +213,9 @@ def apply_edit(text: str, action: Action, cfg: AgentConfig) -> str:
         new = "\n" + text.rstrip("\n") + "\n"  # a leading newline lets every search start at a line
         for old, replacement in action.edit:
             needle = f"\n{old}\n" if old.strip() else ""
-            if not needle or new.count(needle) != 1:
-                found = "is empty" if not needle else f"was found {new.count(needle)} times"
+            count = len(re.findall(f"(?={re.escape(needle)})", new)) if needle else 0  # neighbours overlap
+            if count != 1:
+                found = f"was found {count} times" if needle else "is empty"
                 raise EditFailed(f"the text to search for {found}: copy whole lines that occur once")
             new = new.replace(needle, f"\n{replacement}\n" if replacement else "\n")
         new = new[1:]
@@ -380,6 +381,17 @@ def encode_chat(messages: list[dict], tokenizer) -> list[int]:
         elif piece:
             ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def end_token(tokenizer) -> int:
+    """The token that ends a reply: what the chat template writes after an assistant's turn (<|im_end|>), else EOS.
+
+    The two differ in base models that come with a chat template: their EOS ends documents, and no turn in a prompt.
+    """
+    chat = [{"role": "user", "content": "\x02"}, {"role": "assistant", "content": "\x03"}]
+    after = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False).partition("\x03")[2]
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
 
 
 def encode_state(state: State, cfg: AgentConfig, tokenizer) -> list[int]:

@@ -1,12 +1,12 @@
 """One YAML file a run, `key=value` overrides, frozen dataclasses. No misspelled key becomes a default.
 
-    python train_rl.py --config configs/tiny.yaml seed=1 agent.max_steps=5
+    python train_rl.py --config configs/tiny.yaml seed=1 agent.max_new_tokens=96
     python train_rl.py --help                 every key with its type, its default and its comment
 
 The file holds one section per script, and a `common` section from which each script takes the keys
 that it declares. Mappings merge key by key; later ones win: defaults, common, section, command line.
 
-    common:   {name: tiny, seed: 0, agent: {max_steps: 5}}
+    common:   {run: tiny, seed: 0, agent: {max_new_tokens: 96}}
     train_rl: {steps: 30, agent: {thought: short}}
 
 A script declares its section as a dataclass, whose fields may be dataclasses again. Types of fields:

@@ -52,11 +52,12 @@ class Dist:
         return self.rank == 0
 
 
-def init(device=None, timeout_minutes=60.0):
+def init(device=None, timeout_minutes=12 * 60.0):
     """Join the processes that torchrun started, or be alone. device None: CUDA when there is one.
 
-    timeout_minutes bounds every collective. It must exceed what one rank may ever do while the others
-    wait, such as a rollout whose experiments are slow on that rank only.
+    timeout_minutes bounds every collective. It must exceed what one rank may ever do while the others wait, such as
+    whole episodes whose experiments are slow on that rank only. When a rank dies torchrun ends the others at once,
+    whatever the bound: it is for deadlocks alone.
     """
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
@@ -116,14 +117,6 @@ def _all_reduce(tensor, op):
 def barrier():
     """COLLECTIVE. Wait until every rank is here."""
     all_reduce_sum(torch.zeros(1))
-
-
-def broadcast_object(value):
-    """COLLECTIVE. Rank 0's value, anything that pickles, on every rank."""
-    box = [value]
-    if td.is_initialized():
-        td.broadcast_object_list(box)
-    return box[0]
 
 
 def gather_objects(value):

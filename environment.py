@@ -198,7 +198,8 @@ def _writable(name: str, state: State, task: "tasks.Task") -> str:
         raise InvalidAction(f"{path} is read-only")
     if len(state.files) >= MAX_FILES and path not in state.files:
         raise InvalidAction(f"there are {MAX_FILES} files already")
-    if any(f.startswith(f"{path}/") or path.startswith(f"{f}/") for f in state.files):
+    others = (*state.files, *task.helpers(), "submission.csv")
+    if any(f.startswith(f"{path}/") or path.startswith(f"{f}/") for f in others):
         raise InvalidAction(f"{path} is both a file and a directory")
     return path
 
@@ -221,6 +222,8 @@ def _list_files(state, action, task, env, log):
 
 def _copy_file(state, action, task, env, log):
     text = _readable(action.args["source"], state, task)
+    if len(text) >= MAX_FILE_CHARS:  # of data, only the start was read
+        raise InvalidAction(f"{action.args['source'][:60]} is longer than {MAX_FILE_CHARS} characters")
     target = _writable(action.args["destination"], state, task)
     undo = state.undo
     if target in state.files:
@@ -237,7 +240,7 @@ def _inspect(state, action, task, env, log):
     if first > last:
         raise InvalidAction(f"lines {first}-{last} do not exist: the file has {len(lines)} lines")
     text = "\n".join(f"{i} {lines[i - 1][:500]}" for i in range(first, last + 1))
-    return Outcome.OK_ACTION, text, None, 0.0, {}
+    return Outcome.OK_ACTION, cut_middle(text, env.cfg.max_output_chars), None, 0.0, {}
 
 
 def _run_and_score(state, task, env, path, files, edit: bool):
@@ -258,7 +261,7 @@ def _edit_and_run(state, path, old, new, undo, task, env):
     """Put `new` into the file `path`, run it, and show how it differs from `old`."""
     files = {**state.files, path: new}
     outcome, output, after, seconds = _run_and_score(state, task, env, path, files, edit=True)
-    feedback = diff(old, new, path)
+    feedback = cut_middle(diff(old, new, path), env.cfg.max_output_chars)
     if env.cfg.edit_feedback == "run":
         feedback += f"\n\nThe script prints:\n{output}"
     return outcome, feedback, after, seconds, {"files": files, "undo": undo}
@@ -328,7 +331,8 @@ def initial_state(task: "tasks.Task", env: "Environment", ideas: Iterable[str] =
     files = task.sources()
     run = env.experiment(task, files, env.cfg.script)
     if run.outcome is not Outcome.OK_EDIT:
-        raise RuntimeError(f"the starter of {task.name} does not run here ({run.outcome}): {run.output}")
+        output = " ".join(run.output.split())[-300:]
+        raise tasks.TaskError(f"the starter of {task.name} does not run here ({run.outcome}): {output}")
     text = f"{problem_text(task, ideas)}\n\nThe starting script prints:\n{run.output}"
     message = {"role": "user", "content": text}
     return State(task.name, [message], files, run.scores[counted(task, env.part)], 0, {}, "start", task.name)

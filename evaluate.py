@@ -61,6 +61,10 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
 
+    def __post_init__(self):
+        if min(self.episodes, self.max_steps) < 1 or self.draws < 0:
+            raise ValueError("episodes and max_steps must be positive, draws not negative")
+
 
 # ----------------------------------------------------------------------------------------- episodes
 
@@ -163,10 +167,10 @@ def step_rewards(policy: Policy, names: list[str], rows: list[dict], cfg: Config
 
 
 def mean_error(values: list[float]) -> tuple[float, float]:
-    """(mean, standard error of the mean)."""
+    """(mean, standard error of the mean); nan where there are too few values to tell."""
     if not values:
         return float("nan"), float("nan")
-    spread = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    spread = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
     return float(np.mean(values)), float(spread)
 
 

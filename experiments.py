@@ -10,7 +10,9 @@ import json
 import os
 import re
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -24,7 +26,7 @@ from reward import Outcome
 class SandboxConfig:
     tier: Literal["auto", "ns", "landlock", "bare"] = "auto"  # auto: the strongest this machine gives
     allow_weak: bool = False  # accept a tier without secrecy: only for scripts you trust
-    workers: int = 0  # experiments at once; 0 = one per core
+    workers: int = 0  # threads of experiments at once (limits.threads: micro tasks 1, paper's 4 to 8); 0 = one per core
     gpus: tuple[int, ...] = ()  # numbers N of the /dev/nvidiaN that every experiment may use; none by default
     preload: tuple[str, ...] = tasks.PRELOAD  # imported once by the warm-start server
 
@@ -67,7 +69,9 @@ class Experiments:
         self.cache_dir = Path(cache_dir) if cache_dir else None
         self.max_output_chars, self.gpus = max_output_chars, box.gpus
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun that share this machine
-        self.workers = box.workers or max(1, len(os.sched_getaffinity(0)) // ranks)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.workers = self.free = box.workers or max(1, cores // ranks)
+        self.changed = threading.Condition()  # guards `free`
         self.pool = sandbox.Pool(
             self.workers,
             preload=box.preload,
@@ -133,6 +137,21 @@ class Experiments:
         temporary.write_text(json.dumps({**asdict(result), "outcome": result.outcome.value}))
         temporary.replace(path)  # atomic: a killed run leaves no half entry
 
+    @contextmanager
+    def threads_of(self, limits: "sandbox.Limits") -> Iterator[None]:
+        """Wait for, and hold, as many workers as an experiment has threads: with more of them than cores, experiments
+        would run into time-outs, which are rewards."""
+        count = min(limits.threads, self.workers)
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= count)
+            self.free -= count
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += count
+                self.changed.notify_all()
+
     def _run(self, task: "tasks.Task", files: dict, script: str) -> Experiment:
         workspace = sandbox.new_workspace()
         try:
@@ -141,14 +160,15 @@ class Experiments:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
             limits = sandbox.Limits(**task.limits)
-            result = self.pool.submit(
-                ["python", script],
-                workspace,
-                limits=limits,
-                read_only=((task.public, "data"),),
-                hidden=(task.private,),
-                gpus=self.gpus,
-            ).result()
+            with self.threads_of(limits):
+                result = self.pool.submit(
+                    ["python", script],
+                    workspace,
+                    limits=limits,
+                    read_only=((task.public, "data"),),
+                    hidden=(task.private,),
+                    gpus=self.gpus,
+                ).result()
             output = cut_middle(clean_output(result, workspace), self.max_output_chars)
             run = Experiment(Outcome.INTERNAL, output, {}, result.wall_s, result.reason)
             if result.reason in ("setup_error", "internal"):

@@ -248,7 +248,7 @@ class LocalVoice:
     def __init__(self, policy, seed: int):
         from generate import Rng  # late: it imports torch, which the other experts do not need
 
-        self.policy, self.rng = policy, Rng(seed, 1 << 25)  # a stream apart from those of RL and evaluation
+        self.policy, self.rng = policy, Rng(seed, 1 << 27)  # a stream apart from those of RL and evaluation
         self.waiting: queue.Queue = queue.Queue()
         self.closed = False
         threading.Thread(target=self._serve, daemon=True, name="local voice").start()

@@ -23,12 +23,14 @@ def claim(folder: Path, cfg, ignore: tuple[str, ...] = ()) -> None:
     Keys in `ignore` (how long, how fast) may differ between a run and its continuation: "seed", or "endpoint.retries"
     of a mapping. A key that the folder does not know, since it is older, has its default there.
 
+    A folder in which nothing was made yet is anybody's: a first start that failed may be corrected.
+
     Raises config.UserError naming the first key that differs, or that another process works in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _lock(folder)
     path = folder / "config.yaml"
-    if path.exists():
+    if path.exists() and {file.name for file in folder.iterdir()} - {".lock", path.name}:
         new = _flat(config.to_dict(cfg))
         old = _flat(_defaults(cfg)) | _flat(yaml.safe_load(path.read_text()))
         names = {key.split(".")[0] for key in new}  # a key that is gone from the script claims nothing

@@ -120,7 +120,7 @@ def compute(outcome, before, after, scale, name="linear", clip=(-1.0, 1.0), min_
     """The reward of one action, a float.
 
     before, after   m_t and m_{t+1}, read for OK_EDIT only
-    scale           a Scale, or anything with its attributes
+    scale           the task's scores that mean 0 and 1
     clip            (low, high) or None. The paper has none: one edit that ruins an unbounded metric
                     then outweighs the rest of its batch
     min_gain        an improvement smaller than scale.noise counts as no change

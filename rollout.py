@@ -16,7 +16,7 @@ import torch
 import config
 import reward
 import tasks
-from agent import PromptTooLong, State, encode_state
+from agent import PromptTooLong, State, encode_state, end_token
 from environment import Environment, Episode, Transition, counted, run_episodes
 from generate import Generator, Rng
 from reward import Outcome
@@ -29,6 +29,10 @@ class Sampling:
     top_p: float = 1.0  # below 1 the sampler's support is not the trainer's: for evaluation only
     max_batch: int = 64  # sequences that decode together
 
+    def __post_init__(self):
+        if self.max_batch < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("sampling: max_batch must be positive, temperature not negative, top_p in (0, 1]")
+
 
 @dataclass(frozen=True)
 class RewardConfig:
@@ -38,6 +42,10 @@ class RewardConfig:
     no_format: bool = False  # the paper's Table 3: no penalty for errors
     no_corner: bool = False  # the paper's Table 3: corner cases are errors
     no_performance: bool = False  # the paper's Table 3: 1 for any improvement
+
+    def __post_init__(self):
+        if self.clip and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"reward.clip = {list(self.clip)}: the lower bound comes first")
 
 
 @dataclass
@@ -58,7 +66,7 @@ class Policy:
 
     def __init__(self, model, tokenizer, env: Environment, sampling: Sampling):
         self.tokenizer, self.env, self.cfg, self.sampling = tokenizer, env, env.cfg, sampling
-        eos = {tokenizer.eos_token_id, *model.config.eos_ids}
+        eos = {end_token(tokenizer), tokenizer.eos_token_id, *model.config.eos_ids}
         self.eos = tuple(sorted(token for token in eos if token is not None))
         length = self.cfg.max_prompt_tokens + self.cfg.max_new_tokens
         self.generator = Generator(model, self.eos, sampling.max_batch, length)

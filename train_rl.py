@@ -26,6 +26,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -96,7 +97,7 @@ class Config:
     tis_clip: float | None = None  # cap of the importance weights against the sampler's logprobs; null = off
     actor_lr: float = 1e-6  # paper C.1
     critic_lr: float = 1e-5  # paper C.1
-    warmup_steps: int = 0  # RL steps over which both learning rates rise
+    warmup_steps: int = 0  # RL steps over which a learning rate rises, from a model's first update on
     critic_warmup_steps: int = 0  # first RL steps, in which only the critic learns
     weight_decay: float = 0.0
     grad_clip: float = 1.0
@@ -111,8 +112,10 @@ class Config:
     transcripts: int = 2  # rollouts per step that are written out in full
 
     def __post_init__(self):
-        if min(self.states_per_step, self.samples_per_state, self.epochs, self.minibatches) < 1:
-            raise ValueError("states_per_step, samples_per_state, epochs and minibatches must be positive")
+        counts = ("states_per_step", "samples_per_state", "epochs", "minibatches", "micro_batch_tokens", "save_every")
+        for key in counts:
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be positive")
         if self.minibatches > self.states_per_step:
             raise ValueError(f"minibatches must not exceed states_per_step = {self.states_per_step}")
         if self.kl_target is not None and not (self.kl_target > 0 and self.kl_coef > 0):
@@ -143,6 +146,11 @@ class Laps:
     def __call__(self, phase: str):
         now = time.perf_counter()
         self.seconds[phase], self.last = now - self.last, now
+
+
+def learning_rate(full: float, step: int, warmup: int) -> float:
+    """`step` counts from a model's first update: rises linearly over `warmup` steps, then stays."""
+    return full * min(1.0, max(0, step + 1) / (warmup + 1))
 
 
 @dataclass
@@ -217,29 +225,38 @@ class StatePool:
         for number, row in enumerate(rows, 1):
             try:
                 state = state_from_row(row)
-                if state.task not in known:
-                    tasks.load(state.task).require_prepared()
-                    known.add(state.task)
+                task = tasks.load(state.task)
                 if cfg.agent.script not in state.files:
                     raise ValueError(f"it has no {cfg.agent.script}")
             except (ValueError, TypeError) as error:
                 raise config.UserError(
                     f"states.jsonl: line {number} does not fit its task: {error}; collect again"
                 ) from None
+            if task.name not in known:
+                task.require_prepared()
+                known.add(task.name)
             wanted = not cfg.pool_tasks or state.task in cfg.pool_tasks
             if wanted and (cfg.pool_actions == "all" or row.get("action") == "Edit Script"):
                 self.expert.append(state)
         if not self.expert:
             raise config.UserError("the state pool is empty: collect more, or widen pool_tasks / pool_actions")
 
-    def draw(self, step: int, count: int, salt: int = 0) -> list[State]:
+    def draw(self, step: int, count: int, fits: Callable[[State], bool], salt: int = 0) -> list[State]:
         """`count` states of a step: a function of (seed, step), the same on every rank. The pool is gone
-        through in random order before any state comes twice (the paper: every state once)."""
-        chosen = []
+        through in random order before any state comes twice (the paper: every state once).
+
+        In place of a state whose prompt does not fit (an LLM expert's tokens are counted by a rule of thumb) comes the
+        next one that does. Raises config.UserError when none does.
+        """
+        chosen, size = [], len(self.expert)
         for position in range(step * count, (step + 1) * count):
-            round_, offset = divmod(position, len(self.expert))
-            order = np.random.default_rng([self.cfg.seed, 3 + salt, round_]).permutation(len(self.expert))
-            chosen.append(self.expert[order[offset]])
+            round_, offset = divmod(position, size)
+            order = np.random.default_rng([self.cfg.seed, 3 + salt, round_]).permutation(size)
+            candidates = (self.expert[order[(offset + k) % size]] for k in range(size))
+            state = next(filter(fits, candidates), None)
+            if state is None:
+                raise config.UserError("no state of the pool fits agent.max_prompt_tokens: raise it")
+            chosen.append(state)
         if self.own and not salt:  # a salted draw is an evaluation's: the expert's states, always the same
             rng = np.random.default_rng([self.cfg.seed, 4 + salt, step])
             for i in np.flatnonzero(rng.random(count) < self.cfg.own_share):
@@ -257,7 +274,7 @@ class StatePool:
             new = [replace(s, source="policy") for s in new if s.step < self.cfg.max_steps and policy.fits(s)]
             for part in dist.gather_objects(new):
                 self.own += part
-            self.own = self.own[-4 * self.cfg.states_per_step :]
+            self.own = self.own[-4 * self.cfg.states_per_step * self.cfg.samples_per_state :]
 
 
 # -------------------------------------------------------------------------------------------------- main
@@ -357,7 +374,7 @@ def main():
             lap = Laps()
 
             # 1 Rollout. Ranks sample different states; a sample's random numbers depend on its index alone.
-            states = pool.draw(step, cfg.states_per_step)
+            states = pool.draw(step, cfg.states_per_step, policy.fits)
             spans, ends = [], []
             with dist.gathered(actor):
                 if cfg.rollout == "step":
@@ -421,11 +438,11 @@ def main():
             lap("advantages")
 
             # 5 Update. Minibatches are drawn over all ranks by index: how many ranks there are does not matter.
-            train_actor = step >= cfg.critic_warmup_steps or critic is None
-            warm = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
-            for name, lr in (("actor", cfg.actor_lr), ("critic", cfg.critic_lr)):
+            waits = cfg.critic_warmup_steps if critic else 0  # steps before the actor's first
+            train_actor = step >= waits
+            for name, lr, first in (("actor", cfg.actor_lr, waits), ("critic", cfg.critic_lr, 0)):
                 for group in optimizers[name].param_groups if name in optimizers else ():
-                    group["lr"] = warm * lr
+                    group["lr"] = learning_rate(lr, step - first, cfg.warmup_steps)
             trained = {k: m for k, m in models.items() if k == "critic" or train_actor}
             old = Old(old_logp, ref_logp, values, advantages, returns, weights)
             stats, norms, first_ratio = {"actor": [], "critic": []}, {"actor": [], "critic": []}, None
@@ -492,7 +509,7 @@ def main():
 
 def evaluate(policy: Policy, pool: StatePool, cfg: Config, ctx) -> dict:
     """Mean reward and outcomes on fixed states with fixed random numbers; consumes none of training's."""
-    states = pool.draw(0, cfg.eval_states, salt=100)
+    states = pool.draw(0, cfg.eval_states, policy.fits, salt=100)
     mine = list(range(ctx.rank, len(states), ctx.world))
     with dist.gathered(policy.generator.model):
         rollouts = policy.rollout_steps([states[i] for i in mine], mine, 1, Rng(cfg.seed + 1, 1 << 20))

@@ -9,7 +9,7 @@ loss counts the agent's tokens, the end-of-turn token included, each with the sa
 
     L = - sum_i w_i log pi(token_i) / sum_i w_i        w = 1 on the action's tokens, prompt_weight on the prompt's
 
-With `model.from_scratch` a small decoder and a BPE tokenizer are made first, for machines without a pretrained
+Without `model.path` a small decoder and a BPE tokenizer are made first, for machines without a pretrained
 model. Differs from the paper (one example per conversation): the prompt is re-rendered per state, so the action
 is predicted from exactly what acting would show.
 """
@@ -18,7 +18,7 @@ import math
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 import config
 import dist
 import tasks
-from agent import AgentConfig, PromptTooLong, encode_state, encode_text, render
+from agent import AgentConfig, PromptTooLong, encode_state, encode_text, end_token, render
 from filters import Filters, keep_steps
 from model import ModelConfig
 from records import append_rows, claim, read_jsonl, require_checkpoint, states_of, truncate_log
@@ -69,8 +69,9 @@ class Config:
     checkpoint_blocks: bool = False  # recompute activations in the backward pass: less memory, slower
 
     def __post_init__(self):
-        if self.batch_size < 1 or self.micro_batch_tokens < 1:
-            raise ValueError("batch_size and micro_batch_tokens must be positive")
+        for key in ("batch_size", "micro_batch_tokens", "eval_every", "save_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be positive")
         if not 0 <= self.heldout < 1:
             raise ValueError(f"heldout = {self.heldout}: a share of the trajectories, below 1")
 
@@ -93,14 +94,19 @@ Chosen = list[tuple[dict, list[int]]]  # trajectory rows, each with the steps to
 
 
 def make_examples(chosen: Chosen, cfg: Config, tokenizer) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, reply ids with EOS) for every action to learn from."""
-    examples = []
+    """(prompt ids, reply ids with the token that ends a turn) for every action to learn from."""
+    examples, end, too_long = [], end_token(tokenizer), 0
     for row, steps in tqdm(chosen, desc="tokenise", disable=not sys.stderr.isatty()):
         states = states_of(row)
         for t in steps:
-            prompt = encode_state(states[t], cfg.agent, tokenizer)
-            reply = [*encode_text(row["steps"][t]["reply"], tokenizer), tokenizer.eos_token_id]
-            examples.append((prompt, reply))
+            try:
+                prompt = encode_state(states[t], cfg.agent, tokenizer)
+            except PromptTooLong as error:
+                too_long, reason = too_long + 1, error
+                continue
+            examples.append((prompt, [*encode_text(row["steps"][t]["reply"], tokenizer), end]))
+    if too_long:
+        dist.print0(f"{too_long} actions left out, whose prompt is too long ({reason})")
     kept = [e for e in examples if len(e[1]) <= cfg.agent.max_new_tokens]
     if len(kept) < len(examples):
         dist.print0(
@@ -197,7 +203,10 @@ def starting_model(cfg: Config, chosen: Chosen, ctx):
     if cfg.model.path:
         require_checkpoint(cfg.model.path, "give a Hugging Face directory or hub id as model.path")
         tokenizer = load_tokenizer(cfg.model.path)
-        return load_model(cfg.model.path, torch.float32, ctx.device, shard), tokenizer
+        model = load_model(cfg.model.path, torch.float32, ctx.device, shard)
+        ends = dict.fromkeys([end_token(tokenizer), *model.config.eos_ids])
+        model.config = replace(model.config, eos_ids=tuple(ends))  # whoever serves the checkpoint must stop there
+        return model, tokenizer
     spec = cfg.model
     tokenizer = train_tokenizer(texts_of(chosen, cfg), spec.vocab_size)
     shape = ModelConfig(

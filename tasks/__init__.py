@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from reward import Scale
 from tasks.metrics import METRICS
 from tasks.submission import Answers, InvalidSubmission, parse, read_answers
 
@@ -74,16 +75,6 @@ class Idea:
     block: str | None  # the block of train.py that the code replaces; None: a text without code
     code: str | None
     note: str | None  # measured alone: improves | hurts | neutral | crashes | times_out
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What turns a task's scores into gains (duck-typed by the reward functions)."""
-
-    initial: float
-    best: float
-    noise: float
-    lower_is_better: bool
 
 
 @dataclass(frozen=True)
@@ -435,8 +426,10 @@ def _prepare_function(task: Task):
 
 
 def _recipe(task: Task) -> str:
-    """Changes whenever the code that makes the data changes."""
-    shared = ("build.py",) if task.suite == "micro" else ("build.py", "raw.py", "split.py")
+    """Changes whenever the code that makes the data changes, or a pin of the packages that hold the raw files."""
+    shared = ("build.py", "../requirements-data.txt")
+    if task.suite != "micro":
+        shared = ("build.py", "raw.py", "split.py")
     code = [task.dir / "prepare.py", *(ROOT / name for name in shared)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in code if path.exists())).hexdigest()
 

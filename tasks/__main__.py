@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument("names", nargs="+", metavar="NAME", help="a task or a suite")
         if command == "prepare":
             sub.add_argument("--raw", type=Path, help="folder or archive of the raw files")
+            sub.add_argument("--again", action="store_true", help="also what is prepared and up to date")
         else:
             sub.add_argument("--gpus", type=int, nargs="*", default=[], metavar="N", help="N of each /dev/nvidiaN")
         if command == "measure":
@@ -82,6 +83,8 @@ def prepare(args) -> int:
     if args.raw and len(names) > 1:
         raise tasks.TaskError("--raw is one task's: name one task")
     for name in names:
+        if tasks.load(name).is_prepared() and not args.raw and not args.again:
+            continue  # what runs on the data now must keep it
         try:
             manifest = tasks.prepare(name, args.raw)
             print(f"{name}: {len(manifest['files'])} files, fingerprint {manifest['fingerprint'][:12]}")

@@ -7,6 +7,7 @@ import pytest
 
 import agent
 from agent import Action, AgentConfig, EditFailed, InvalidAction, InvalidFormat, State
+from weights import train_tokenizer
 
 LINES = AgentConfig(thought="short", edit_format="lines", prompt="brief")
 SEARCH = AgentConfig()
@@ -190,6 +191,21 @@ def state_of(steps: int) -> State:
         messages.append({"role": "assistant", "content": f"Thought: idea{i}\nAction: Edit Script"})
         messages.append({"role": "user", "content": f"long observation {i}\nvalidation mae {i}"})
     return State("m-ames", messages, {"train.py": SCRIPT}, 9.0, steps)
+
+
+def test_a_reply_ends_as_the_turns_of_its_prompt_do():
+    base = train_tokenizer(["x = 1"], 300, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    base.eos_token = "<|endoftext|>"  # a base model's: it ends documents
+    assert agent.end_token(base) == base.convert_tokens_to_ids("<|im_end|>") != base.eos_token_id
+    assert agent.end_token(train_tokenizer(["x = 1"], 300)) == train_tokenizer(["x = 1"], 300).eos_token_id
+    base.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert agent.end_token(base) == base.eos_token_id, "no token of its own ends a turn"
+
+
+def test_neighbouring_lines_are_found_twice():
+    edit = Action("Edit Script", {"script_name": "train.py"}, {}, [("fit(x)", "fit(y)")])
+    with pytest.raises(EditFailed, match="found 2 times"):
+        agent.apply_edit("fit(x)\nfit(x)\n", edit, SEARCH)
 
 
 def test_text_cannot_forge_control_tokens():

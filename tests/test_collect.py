@@ -170,7 +170,9 @@ def test_a_resumed_log_has_no_row_from_the_future(tmp_path):
 
 def test_a_directory_belongs_to_one_configuration(tmp_path):
     cfg = collect.Config(run="x")
-    records.claim(tmp_path / "d", cfg)
+    records.claim(tmp_path / "d", replace(cfg, seed=5))
+    records.claim(tmp_path / "d", cfg)  # nothing was made with the other seed
+    (tmp_path / "d" / "trajectories.jsonl").touch()
     records.claim(tmp_path / "d", replace(cfg, trajectories=9), ignore=("trajectories",))
     with pytest.raises(config.UserError, match="seed is 0 there and 1 now"):
         records.claim(tmp_path / "d", replace(cfg, seed=1), ignore=("trajectories",))
@@ -180,6 +182,7 @@ def test_a_directory_looks_into_nested_keys(tmp_path):
     small = Endpoint("http://localhost:1/v1", "small", max_usd=1.0, price_in=1.0)
     cfg = collect.Config(run="x", endpoint=small)
     records.claim(tmp_path / "d", cfg, ignore=collect.MAY_CHANGE)
+    (tmp_path / "d" / "trajectories.jsonl").touch()
     records.claim(tmp_path / "d", replace(cfg, endpoint=replace(small, max_usd=2.0)), ignore=collect.MAY_CHANGE)
     for other, message in (
         (replace(small, model="large"), "endpoint.model is 'small' there and 'large' now"),
@@ -193,6 +196,7 @@ def test_a_directory_looks_into_nested_keys(tmp_path):
 def test_a_directory_older_than_a_key_has_its_default(tmp_path):
     cfg = collect.Config(run="x")
     records.claim(tmp_path / "d", cfg)
+    (tmp_path / "d" / "trajectories.jsonl").touch()
     path = tmp_path / "d" / "config.yaml"
     old = {k: v for k, v in yaml.safe_load(path.read_text()).items() if k not in ("retries", "pool", "endpoint")}
     path.write_text(yaml.safe_dump(old | {"gone": 1}))

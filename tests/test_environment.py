@@ -1,12 +1,15 @@
 """Experiments and transitions, on a real task in a real sandbox."""
 
 import json
-from concurrent.futures import Future
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import environment
 import sandbox
 import tasks
 from agent import Action, AgentConfig, State, format_reply
@@ -66,6 +69,47 @@ def test_an_edit_runs_and_scores_and_its_undo_restores(env, start):
     assert again.outcome is Outcome.INVALID_ACTION
 
 
+def test_what_is_long_is_cut_for_the_prompt_and_not_copied_in_part(env, start, monkeypatch):
+    wide = replace(start, files={**start.files, "wide.py": "\n".join(f"{i} = '{'x' * 400}'" for i in range(90))})
+    look = say("Inspect Script Lines", script_name="wide.py", start_line_number=1, end_line_number=90)
+    seen = transition(wide, look, env)
+    assert seen.outcome is Outcome.OK_ACTION and "[...]" in seen.feedback
+    assert len(seen.feedback) < CFG.max_output_chars + 20
+    data = min((path for path in tasks.load(NAME).public.iterdir()), key=lambda path: path.stat().st_size)
+    copying = say("Copy File", source=f"data/{data.name}", destination="d.csv")
+    assert transition(start, copying, env).outcome is Outcome.OK_ACTION
+    monkeypatch.setattr(environment, "MAX_FILE_CHARS", 50)
+    refused = transition(start, copying, env)
+    assert refused.outcome is Outcome.INVALID_ACTION and "longer than 50" in refused.feedback
+
+
+def test_an_experiment_takes_as_many_workers_as_it_has_threads(env):
+    """Beside each other never more threads than workers, whatever mix asks; one with too many runs alone."""
+    pool = Environment.__new__(Environment)
+    pool.workers = pool.free = 4
+    pool.changed, busy, most, lock = threading.Condition(), [0], [0], threading.Lock()
+
+    def work(threads: int):
+        with pool.threads_of(sandbox.Limits(threads=threads)):
+            with lock:
+                busy[0] += min(threads, 4)
+                most[0] = max(most[0], busy[0])
+            time.sleep(0.005)
+            with lock:
+                busy[0] -= min(threads, 4)
+
+    with ThreadPoolExecutor(16) as many:
+        list(many.map(work, [1, 2, 3, 4, 8] * 8))
+    assert most[0] == 4 and pool.free == 4
+
+
+def test_a_starter_that_does_not_run_is_one_line(env, monkeypatch):
+    broken = replace(tasks.load(NAME))
+    monkeypatch.setattr(tasks.Task, "sources", lambda task: {"train.py": "1 / 0"})
+    with pytest.raises(tasks.TaskError, match=r"starter of m-concrete does not run here \(script_error\).*ZeroDivision"):
+        initial_state(broken, env)
+
+
 def test_states_survive_json(env, start):
     edited = transition(start, improving(start), env).state
     row = json.loads(json.dumps(edited.to_row()))
@@ -85,6 +129,8 @@ CASES = [
     (lambda n: say("Execute Script", script_name="missing.py"), Outcome.INVALID_ACTION),
     (lambda n: say("Copy File", source="/etc/passwd", destination="a.py"), Outcome.INVALID_ACTION),
     (lambda n: say("Copy File", source="train.py", destination="helper.py"), Outcome.INVALID_ACTION),
+    (lambda n: say("Copy File", source="train.py", destination="helper.py/x.py"), Outcome.INVALID_ACTION),
+    (lambda n: say("Copy File", source="train.py", destination="submission.csv/x.py"), Outcome.INVALID_ACTION),
     (lambda n: say("List Files", dir_path="../private"), Outcome.INVALID_ACTION),
     (lambda n: say("List Files", dir_path="data/../../private"), Outcome.INVALID_ACTION),
     (lambda n: lines(n, n + 1, "x"), Outcome.EDIT_FAILED),

@@ -662,6 +662,18 @@ def test_a_failed_prepare_leaves_nothing_and_a_repeated_one_replaces(toy, tmp_pa
     assert [path.name for path in tasks.DATA.iterdir()] == ["toy"]
 
 
+def test_what_is_up_to_date_is_not_prepared_anew_under_a_running_job(toy, tmp_path, capsys):
+    task = toy()
+    shutil.move(tmp_path / "raw", tasks.DATA / "raw" / "toy")
+    inode = task.public.stat().st_ino
+    assert main(["prepare", "toy"]) == 0 and task.public.stat().st_ino == inode and capsys.readouterr().out == ""
+    assert main(["prepare", "toy", "--again"]) == 0 and task.public.stat().st_ino != inode
+    with open(task.dir / "prepare.py", "a") as file:
+        file.write("# a new recipe\n")
+    inode = task.public.stat().st_ino
+    assert main(["prepare", "toy"]) == 0 and task.public.stat().st_ino != inode
+
+
 def test_unprepared_or_stale_data_say_what_to_run(toy):
     task = toy()
     with open(task.dir / "prepare.py", "a") as file:

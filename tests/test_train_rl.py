@@ -26,11 +26,28 @@ def pool(rows, **keys) -> StatePool:
     return StatePool(rows, Config(run="x", agent=AgentConfig(prompt="brief"), **keys))
 
 
+def always(state: State) -> bool:
+    return True
+
+
+def test_in_place_of_a_state_that_does_not_fit_comes_another(prepared):
+    p = pool([make_state(i) for i in range(10)])
+
+    def fits(state: State) -> bool:
+        return state.id not in ("3.0.0", "7.0.0")
+
+    drawn, free = ([s.id for step in range(5) for s in p.draw(step, 4, f)] for f in (fits, always))
+    assert {"3.0.0", "7.0.0"} & set(free) and not {"3.0.0", "7.0.0"} & set(drawn)
+    assert all(a == b for a, b in zip(drawn, free) if b not in ("3.0.0", "7.0.0")), "the others stay in their places"
+    with pytest.raises(UserError, match="max_prompt_tokens"):
+        p.draw(0, 4, lambda state: False)
+
+
 def test_the_pool_gives_every_state_before_any_twice(prepared):
     p = pool([make_state(i) for i in range(10)])
-    drawn = [s.id for step in range(5) for s in p.draw(step, 4)]
+    drawn = [s.id for step in range(5) for s in p.draw(step, 4, always)]
     assert len(set(drawn[:10])) == 10 and len(set(drawn[10:])) == 10
-    assert [s.id for s in p.draw(3, 4)] == drawn[12:16], "a function of the step alone"
+    assert [s.id for s in p.draw(3, 4, always)] == drawn[12:16], "a function of the step alone"
 
 
 def test_the_pool_filters_and_names_bad_rows(prepared):
@@ -61,12 +78,17 @@ def test_the_pool_remembers_where_edits_that_ran_have_led(prepared):
     on.remember(rollouts, Fits())
     assert off.own == [] and [s.id for s in on.own] == ["ok_edit.1"] * 3
     assert {s.source for s in on.own} == {"policy"}
-    drawn = on.draw(0, 200)
+    drawn = on.draw(0, 200, always)
     assert 60 < sum(s.source == "policy" for s in drawn) < 140
-    assert all(s.source == "expert" for s in on.draw(0, 200, salt=100)), "evaluation keeps to the expert's"
+    assert all(s.source == "expert" for s in on.draw(0, 200, always, salt=100)), "evaluation keeps to the expert's"
     for _ in range(8):
         on.remember(rollouts, Fits())
     assert len(on.own) == 20, "four steps of five states"
+
+
+def test_a_learning_rate_rises_from_the_first_update_on():
+    assert [train_rl.learning_rate(2.0, step, 3) for step in range(-2, 6)] == [0, 0, 0.5, 1, 1.5, 2, 2, 2]
+    assert train_rl.learning_rate(2.0, 0, 0) == 2
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from filters import Filters, keep_steps
 from generate import Generator
 from model import ModelConfig
 from train_sft import batch_loss, collate, learning_rate, micro_batches, weight_of
-from weights import build_model, load_model
+from weights import build_model, load_model, train_tokenizer
 
 EXAMPLES = [([5, 6, 7], [8, 9]), ([5], [6, 7, 8]), ([1, 2, 3, 4, 5], [9])]
 
@@ -137,6 +137,17 @@ def test_episodes_are_left_out_whole():
     assert kept(rows, min_gain=0.5)[0] == [[0, 1], [], [0, 1], [0]]
     assert kept(rows, need_edit=True) == ([[0, 1], [0, 1], [], [0]], {"unparsable": 0, "episodes": 2})
     assert kept(rows, ends=("truncated", "minutes"))[0] == [[0, 1], [0, 1], [0, 1], []]
+
+
+def test_actions_whose_prompt_is_too_long_are_left_out_and_counted(capsys):
+    rows = [trajectory(0), trajectory(1)]
+    rows[1]["steps"][0]["files"] = {"train.py": "x = 1\n" * 200}
+    tokenizer = train_tokenizer(["x = 1", "the task"], 300)
+    agent = AgentConfig(prompt="brief", thought="short", max_prompt_tokens=200)
+    cfg = train_sft.Config(run="x", agent=agent)
+    ((_, reply),) = train_sft.make_examples([(row, [0]) for row in rows], cfg, tokenizer)
+    assert reply[-1] == tokenizer.eos_token_id
+    assert "1 actions left out, whose prompt is too long" in capsys.readouterr().out
 
 
 def test_the_same_edit_is_kept_so_often_and_other_actions_always():
