@@ -27,9 +27,11 @@ rl: .venv/ok
 evaluate: .venv/ok
 	$(PY) evaluate.py --config $(CONFIG) $(ARGS)
 
+# A file of tests to each core; then, with nothing beside them, those of the sandbox, which measure time.
 test: data
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --ignore-glob='*/test_sandbox*'
+	$(PY) -m pytest tests/test_sandbox*.py
 
 test-slow: data
 	$(PY) -m pytest -m slow

@@ -1,6 +1,6 @@
 """How diverse edits are: one row for each file of trajectories, file of evaluated episodes, or checkpoint.
 
-    python diversity.py runs/tiny/data/trajectories.jsonl runs/tiny/sft runs/tiny/rl/step_20
+    python diversity.py runs/tiny/data/trajectories.jsonl runs/tiny/sft runs/tiny/rl/step_16
     python diversity.py runs/with/sft runs/without/sft samples=300 out=runs/diversity        # .json and .md
 
 Compares, as the paper's Figure 7 does, a sample of the same size from each source: distinct counts grow with it. A

@@ -1,7 +1,7 @@
 """Multi-step evaluation (paper 5.1): k episodes a task for several models, against the starter and references.
 
     python evaluate.py --config configs/tiny.yaml                        # the run's fine-tuned and RL-trained models
-    python evaluate.py --config configs/tiny.yaml 'models={rl: runs/tiny/rl/step_20}' episodes=16
+    python evaluate.py --config configs/tiny.yaml 'models={rl: runs/tiny/rl/step_16}' episodes=16
     torchrun --nproc-per-node 8 evaluate.py --config configs/qwen2.5-7b.yaml    # episodes split over the ranks
 
 Scores use the half of the hidden answers that neither collection nor RL has seen (on the paper's held-out tasks
