@@ -35,6 +35,7 @@ from agent import AgentConfig, PromptTooLong, State, problem_text
 from client import OPERATION, BudgetSpent, ChatError, Endpoint
 from copies import Recorder, replay_renamed
 from environment import Environment, Episode, SandboxConfig, initial_state, transition
+from experiments import SANDBOX_MAY_CHANGE
 from expert import EndpointVoice, LocalVoice, ModelExpert, Said, ScriptedExpert, draw_ideas, habits
 from ideas import PoolConfig
 from records import append_rows, claim, iterate_jsonl, require_checkpoint, states_of
@@ -88,7 +89,7 @@ class Config:
 
 
 # Keys that may differ between a run and its continuation: how long, how fast, how dear.
-MAY_CHANGE = ("trajectories", "sandbox", "at_once", "local.max_batch")
+MAY_CHANGE = ("trajectories", "at_once", "local.max_batch", *SANDBOX_MAY_CHANGE)
 MAY_CHANGE += tuple(f"pool.{key.name}" for key in fields(PoolConfig) if key.name != "by_axis")  # which draws as well
 MAY_CHANGE += tuple(f"{who}.{key}" for who in ("endpoint", "agent.coder") for key in OPERATION)
 FAILURES = 5  # episodes in a row that an endpoint ends before the run gives up

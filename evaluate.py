@@ -347,6 +347,7 @@ def main():
     pool = Path("runs") / cfg.run / "data" / "states.jsonl"
     pool_rows = read_jsonl(pool) if cfg.draws else []
     settings = {k: v for k, v in config.to_dict(cfg).items() if k not in ("models", "sandbox", "out")}
+    settings |= {"cpu_s": cfg.sandbox.cpu_s} if cfg.sandbox.cpu_s else {}  # what of a sandbox changes outcomes
     played, steps = {}, {}
     with (
         Environment(cfg.agent, cfg.sandbox, cache, part="eval") as env,

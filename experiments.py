@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,8 +27,17 @@ class SandboxConfig:
     tier: Literal["auto", "ns", "landlock", "bare"] = "auto"  # auto: the strongest this machine gives
     allow_weak: bool = False  # accept a tier without secrecy: only for scripts you trust
     workers: int = 0  # threads of experiments at once (limits.threads: micro tasks 1, paper's 4 to 8); 0 = one per core
+    cpu_s: float | None = None  # CPU seconds that an experiment may use, where its task allows more; null = the task's
     gpus: tuple[int, ...] = ()  # numbers N of the /dev/nvidiaN that every experiment may use; none by default
     preload: tuple[str, ...] = tasks.PRELOAD  # imported once by the warm-start server
+
+    def __post_init__(self):
+        if self.cpu_s is not None and self.cpu_s <= 0:
+            raise ValueError(f"sandbox.cpu_s = {self.cpu_s} must be positive, or null for the tasks' limits")
+
+
+# Of a sandbox, what may differ between a run and its continuation: all that changes no outcome.
+SANDBOX_MAY_CHANGE = tuple(f"sandbox.{key.name}" for key in fields(SandboxConfig) if key.name != "cpu_s")
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Experiments:
 
     def __init__(self, box: SandboxConfig, cache_dir: Path | None, max_output_chars: int):
         self.cache_dir = Path(cache_dir) if cache_dir else None
-        self.max_output_chars, self.gpus = max_output_chars, box.gpus
+        self.max_output_chars, self.gpus, self.cpu_s = max_output_chars, box.gpus, box.cpu_s
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of torchrun that share this machine
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.workers = self.free = box.workers or max(1, cores // ranks)
@@ -92,6 +101,7 @@ class Experiments:
         parts = [task.name, task.manifest()["fingerprint"], script, files, task.helpers(), task.limits]
         parts += [task.metric, task.columns, task.classes, self.pool.tier, self.max_output_chars]
         parts += ["gpu"] if self.gpus else []  # other numbers, other timeouts
+        parts += [self.cpu_s] if self.cpu_s else []
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         with self.lock:
             future = self.running.get(key)
@@ -152,6 +162,12 @@ class Experiments:
                 self.free += count
                 self.changed.notify_all()
 
+    def limits_of(self, task: "tasks.Task") -> "sandbox.Limits":
+        """The task's limits, with less CPU time where the run allows less."""
+        limits = sandbox.Limits(**task.limits)
+        cpu_s = limits.cpu_s or limits.wall_s * limits.threads
+        return replace(limits, cpu_s=min(cpu_s, self.cpu_s or cpu_s))
+
     def _run(self, task: "tasks.Task", files: dict, script: str) -> Experiment:
         workspace = sandbox.new_workspace()
         try:
@@ -159,7 +175,7 @@ class Experiments:
                 path = workspace / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
-            limits = sandbox.Limits(**task.limits)
+            limits = self.limits_of(task)
             with self.threads_of(limits):
                 result = self.pool.submit(
                     ["python", script],
@@ -174,8 +190,7 @@ class Experiments:
             if result.reason in ("setup_error", "internal"):
                 return run
             if result.reason != "ok":
-                cpu_s = limits.cpu_s or limits.wall_s * limits.threads
-                stopped = STOPPED.get(result.reason, "").format(**asdict(limits) | {"cpu_s": cpu_s})
+                stopped = STOPPED.get(result.reason, "").format(**asdict(limits))
                 output = "\n".join(filter(None, (output, stopped and f"The script was {stopped}.")))
                 return replace(run, outcome=REASONS[result.reason], output=output)
             try:

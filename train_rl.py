@@ -44,6 +44,7 @@ from agent import AgentConfig, PromptTooLong, State, state_from_row
 from batch import Batch, Group, across_episode, episode_bootstrap, per_action, pick
 from client import OPERATION
 from environment import Environment, SandboxConfig, initial_state
+from experiments import SANDBOX_MAY_CHANGE
 from generate import Rng
 from records import append_rows, claim, read_jsonl, require_checkpoint, truncate_log
 from reward import Outcome
@@ -133,7 +134,7 @@ class Config:
 
 
 # Keys that may differ between a run and its continuation: how long, how fast, what is shown.
-MAY_CHANGE = ("steps", "sandbox", "micro_batch_tokens", "checkpoint_blocks", "save_every", "keep_checkpoints")
+MAY_CHANGE = ("steps", *SANDBOX_MAY_CHANGE, "micro_batch_tokens", "checkpoint_blocks", "save_every", "keep_checkpoints")
 MAY_CHANGE += ("eval_every", "eval_states", "transcripts", *(f"agent.coder.{key}" for key in OPERATION))
 
 

@@ -103,6 +103,21 @@ def test_an_experiment_takes_as_many_workers_as_it_has_threads(env):
     assert most[0] == 4 and pool.free == 4
 
 
+def test_a_run_may_allow_less_cpu_time_than_the_task(env, start, tmp_path):
+    loop = lines(1, 1, "while True: pass")
+    with Environment(CFG, replace(BOX, cpu_s=1.0), tmp_path) as hasty:
+        stopped = transition(start, loop, hasty)
+        assert stopped.outcome is Outcome.TIMEOUT and "more than 1 s of CPU time" in stopped.feedback
+        assert hasty.limits_of(replace(tasks.load(NAME), limits={"cpu_s": 0.5})).cpu_s == 0.5, "never more than the task"
+        assert hasty.limits_of(replace(tasks.load(NAME), limits={"wall_s": 9})).cpu_s == 1
+        hasty.cpu_s = 2.0
+        assert "more than 2 s" in transition(start, loop, hasty).feedback, "not the remembered time-out of 1 s"
+        hasty.cpu_s = None
+        assert hasty.limits_of(tasks.load(NAME)).cpu_s == tasks.load(NAME).limits["cpu_s"]
+    with pytest.raises(ValueError, match="cpu_s"):
+        SandboxConfig(cpu_s=0)
+
+
 def test_a_starter_that_does_not_run_is_one_line(env, monkeypatch):
     broken = replace(tasks.load(NAME))
     monkeypatch.setattr(tasks.Task, "sources", lambda task: {"train.py": "1 / 0"})
