@@ -261,7 +261,10 @@ def main():
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     per_epoch = len(train) // cfg.batch_size
     if per_epoch == 0:
-        raise config.UserError(f"{len(train)} examples are fewer than batch_size = {cfg.batch_size}")
+        raise config.UserError(
+            f"{len(train)} examples are fewer than batch_size = {cfg.batch_size}: collect more, lower it, or raise "
+            "agent.max_prompt_tokens and max_new_tokens"
+        )
     updates = math.ceil(cfg.epochs * per_epoch)
     updates = min(updates, cfg.max_updates) if cfg.max_updates else updates
 
