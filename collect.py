@@ -90,7 +90,7 @@ class Config:
 
 # Keys that may differ between a run and its continuation: how long, how fast, how dear.
 MAY_CHANGE = ("trajectories", "at_once", "local.max_batch", *SANDBOX_MAY_CHANGE)
-MAY_CHANGE += tuple(f"pool.{key.name}" for key in fields(PoolConfig) if key.name != "by_axis")  # which draws as well
+MAY_CHANGE += tuple(f"pool.{key.name}" for key in fields(PoolConfig) if key.name != "by_axis")  # decides draws, too
 MAY_CHANGE += tuple(f"{who}.{key}" for who in ("endpoint", "agent.coder") for key in OPERATION)
 FAILURES = 5  # episodes in a row that an endpoint ends before the run gives up
 

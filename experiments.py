@@ -36,7 +36,7 @@ class SandboxConfig:
             raise ValueError(f"sandbox.cpu_s = {self.cpu_s} must be positive, or null for the tasks' limits")
 
 
-# Of a sandbox, what may differ between a run and its continuation: all that changes no outcome.
+# Of a sandbox, what may differ between a run and its continuation: where and how many, not what a script is allowed.
 SANDBOX_MAY_CHANGE = tuple(f"sandbox.{key.name}" for key in fields(SandboxConfig) if key.name != "cpu_s")
 
 

@@ -119,10 +119,9 @@ def test_a_run_may_allow_less_cpu_time_than_the_task(env, start, tmp_path):
 
 
 def test_a_starter_that_does_not_run_is_one_line(env, monkeypatch):
-    broken = replace(tasks.load(NAME))
     monkeypatch.setattr(tasks.Task, "sources", lambda task: {"train.py": "1 / 0"})
     with pytest.raises(tasks.TaskError, match=r"starter of m-concrete does not run here \(script_error\).*ZeroDivision"):
-        initial_state(broken, env)
+        initial_state(tasks.load(NAME), env)
 
 
 def test_states_survive_json(env, start):

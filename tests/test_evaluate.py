@@ -33,6 +33,13 @@ def test_a_task_is_summarised_as_a_loop_would():
     assert summary["valid"] == 0.75 and summary["edits"] == 2 and summary["k"] == 3
 
 
+def test_one_episode_has_no_standard_error():
+    assert math.isnan(evaluate.mean_error([0.3])[1]) and evaluate.mean_error([1.0, 3.0]) == (2.0, 1.0)
+    for keys in ({"episodes": 0}, {"max_steps": 0}, {"draws": -1}):
+        with pytest.raises(ValueError, match="must be positive"):
+            Config(run="x", **keys)
+
+
 def test_higher_is_better_has_the_other_sign():
     task = tasks.load(UP)
     m0 = task.initial_score["eval"]

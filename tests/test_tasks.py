@@ -674,6 +674,13 @@ def test_what_is_up_to_date_is_not_prepared_anew_under_a_running_job(toy, tmp_pa
     assert main(["prepare", "toy"]) == 0 and task.public.stat().st_ino != inode
 
 
+def test_data_from_other_packages_are_out_of_date(toy, tmp_path):
+    micro, paper = dataclasses.replace(toy(), suite="micro"), toy()
+    before = tasks._recipe(micro), tasks._recipe(paper)
+    (tmp_path / "requirements-data.txt").write_text("a-package==2\n")
+    assert tasks._recipe(micro) != before[0] and tasks._recipe(paper) == before[1]
+
+
 def test_unprepared_or_stale_data_say_what_to_run(toy):
     task = toy()
     with open(task.dir / "prepare.py", "a") as file:

@@ -97,11 +97,26 @@ def test_a_learning_rate_rises_from_the_first_update_on():
         ({"advantage": "grpo"}, "samples_per_state"),
         ({"rollout": "episode", "advantage": "reinforce"}, "episode"),
         ({"sampling": train_rl.Sampling(top_p=0.9)}, "top_p"),
+        ({"save_every": 0}, "save_every must be positive"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens must be positive"),
     ],
 )
 def test_impossible_combinations_are_refused(keys, reason):
     with pytest.raises(ValueError, match=reason):
         Config(run="x", **keys)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: train_rl.Sampling(max_batch=0), "max_batch"),
+        (lambda: train_rl.Sampling(temperature=-1), "temperature"),
+        (lambda: train_rl.RewardConfig(clip=(1.0, -1.0)), "lower bound comes first"),
+    ],
+)
+def test_values_without_meaning_are_refused(make, reason):
+    with pytest.raises(ValueError, match=reason):
+        make()
 
 
 # ------------------------------------------------------------------------------------------ whole runs

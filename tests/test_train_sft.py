@@ -25,7 +25,7 @@ from filters import Filters, keep_steps
 from generate import Generator
 from model import ModelConfig
 from train_sft import batch_loss, collate, learning_rate, micro_batches, weight_of
-from weights import build_model, load_model, train_tokenizer
+from weights import build_model, load_model, save_model, train_tokenizer
 
 EXAMPLES = [([5, 6, 7], [8, 9]), ([5], [6, 7, 8]), ([1, 2, 3, 4, 5], [9])]
 
@@ -321,6 +321,27 @@ def test_sigterm_saves_and_says_so(folder):
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert dist.find_latest(out)
+
+
+def test_a_pretrained_model_learns_to_end_its_turns(folder, tmp_path):
+    """As Qwen2.5-7B: the tokenizer's EOS ends documents, the chat template's turns end with another token."""
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer = train_tokenizer([json.dumps(trajectory(i)) for i in range(3)], 320, special)
+    tokenizer.eos_token = "<|endoftext|>"
+    shape = ModelConfig("llama", len(tokenizer), 32, 64, 1, 2, 2, 16, tie_word_embeddings=True, eos_ids=(0,))
+    save_model(build_model(shape, 0), tmp_path / "base", tokenizer=tokenizer)
+    data = folder / "runs" / "pretrained" / "data"
+    data.mkdir(parents=True)
+    shutil.copy(folder / "runs" / "whole" / "data" / "trajectories.jsonl", data)
+    done = subprocess.run(**command(folder, "pretrained", **{"model.path": tmp_path / "base"}), timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = data.parent / "sft"
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [end, 0], "also for who serves it"
+    cfg = train_sft.AgentConfig(prompt="brief", thought="short")
+    prompt = train_sft.encode_state(train_sft.states_of(trajectory(1))[0], cfg, tokenizer)
+    (completion,) = Generator(load_model(out), (end,), 1, 600).stream([prompt], 150, 0.0)
+    assert completion.finish == "stop" and completion.tokens[-1] == end
 
 
 def test_two_ranks_equal_one(folder, whole):
